@@ -1,0 +1,104 @@
+"""What the scripts share: flags with @config files, errors of one line, the choice of device and of number format."""
+import argparse
+import difflib
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that reads arguments from a file with `@FILE` (# starts a comment) and fails in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            self.error(f"unknown argument {unknown[0]!r}: {hint}--help lists all")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low=None, high=None):
+    """A `type=` for argparse: an int or a float inside [low, high]; anything else is refused with the range."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        # "not (a <= b)" instead of "a > b": so that nan, for which both are false, is refused too
+        if value is None or not (low is None or low <= value) or not (high is None or value <= high):
+            words = {int: "a whole number", float: "a number"}[kind]
+            bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}{' of ' * bool(bounds)}{bounds}")
+        return value
+    return parse
+
+
+def run(main):
+    """Call main() and turn a failure into one line on stderr and an exit code.
+
+    2: the command, or a file that it names, has to change (ValueError, FileNotFoundError).
+    1: it was right and failed on the way (OSError, RuntimeError, a missing package). 130: Ctrl-C.
+    Anything else is a defect of this project and keeps its traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                               # the reader, as in `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
+
+
+def add_device_arguments(parser):
+    add = parser.add_argument_group("where and in which number format it runs").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps, ...; auto takes the best there is")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the matrix products; auto: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere")
+
+
+def pick_device(name):
+    """--device -> torch.device. Raises ValueError where there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: there is no such device here; use --device auto or --device cpu") from error
+    return torch.device(name)
+
+
+def device_name(device):
+    """How results name their device: a GPU's own name, or how many threads a CPU gave."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({torch.get_num_threads()} threads)"
+
+
+def pick_dtype(name, device):
+    """--dtype -> torch.dtype."""
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return getattr(torch, name)
+
+
+def autocast(device, dtype):
+    """Matrix products in dtype, sums and norms in float32; nothing at all for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

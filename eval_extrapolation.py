@@ -1,0 +1,278 @@
+"""
+Perplexity beyond the trained context, of one run or of several side by side on the same tokens:
+
+    python eval_extrapolation.py out/rope out/hope --max_factor 16 --json results.json --plot results.png
+
+Long windows, each inside one document, are read once from their first token on. Causal attention makes that one pass
+give every context length at once: the token at position n is predicted from the n tokens before it. Perplexity is
+then averaged by position, [0, L) [L, 2L) [2L, 4L) ..., with L the trained context. A mean over the whole window would
+hide the collapse behind the many tokens that were still predicted well.
+
+Beside it stand the same tokens predicted from at most L tokens of context (windows of L that move on by L / 2, so from
+at least L / 2). Where a model does better than that, the longer context helps; where it does worse, it harms.
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+import cli
+from data.prepare import open_dataset, read_text, sha256
+from model import GPT, KVCache, load_checkpoint
+from tokenizer import load_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is scored
+
+
+def document_windows(ids, end_of_document, length, n_windows):
+    """Windows of length + 1 tokens that lie inside one document and do not overlap -> int64 (N, length + 1).
+
+    N is n_windows, spread evenly over all there are, or all of them where there are fewer. Raises ValueError where
+    no document is long enough.
+    """
+    ends = np.append(np.flatnonzero(ids == end_of_document), len(ids))
+    starts = np.concatenate(([0], ends[:-1] + 1))
+    places = [p for start, end in zip(starts, ends) for p in range(start, end - length, length + 1)]
+    if not places:
+        raise ValueError(f"no document has the {length + 1:,} tokens of a window, the longest has "
+                         f"{max(ends - starts):,}: lower --max_factor or use longer texts")
+    chosen = np.linspace(0, len(places) - 1, num=min(n_windows, len(places))).round().astype(int)
+    return torch.from_numpy(np.stack([ids[places[i]:places[i] + length + 1] for i in chosen]).astype(np.int64))
+
+
+def bucket_edges(block_size, max_factor):
+    """[0, L, 2L, 4L, ...] up to max_factor * L."""
+    edges = [0, block_size]
+    while edges[-1] < max_factor * block_size:
+        edges.append(min(2 * edges[-1], max_factor * block_size))
+    return edges
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
+
+
+def token_losses(model, x, y, cache=None):
+    """Loss of each target y (B, T) given the inputs x (B, T) and what the cache holds -> (B, T)."""
+    logits, _ = model(x, y, cache)                                                           # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
+
+
+@torch.no_grad()
+def score(model, windows, chunk, batch_size):
+    """Each token given all tokens before it in its window.
+
+    A window passes in chunks through a KV cache, so that neither T x T nor T x V numbers are ever held: the largest
+    tensor has batch_size * chunk * max(H * T, V). Tokens past an encoding's limit are nan.
+    """
+    width = windows.size(1) - 1
+    limit = min(width, model.transformer.wpe.max_length or width)
+    losses = torch.full((len(windows), width), math.nan)
+    for first in range(0, len(windows), batch_size):
+        rows = windows[first:first + batch_size]
+        cache = KVCache(limit)
+        for start in range(0, limit, chunk):
+            end = min(start + chunk, limit)
+            losses[first:first + batch_size, start:end] = token_losses(
+                model, rows[:, start:end], rows[:, start + 1:end + 1], cache).cpu()
+    return losses
+
+
+@torch.no_grad()
+def score_local(model, windows, context, batch_size):
+    """Each token given at most context tokens, and from the second window of that length on at least context / 2."""
+    width = windows.size(1) - 1
+    losses, done = torch.empty(len(windows), width), 0
+    for end in [*range(min(context, width), width, max(1, context // 2)), width]:
+        start = max(0, end - context)
+        for first in range(0, len(windows), batch_size):
+            rows = windows[first:first + batch_size]
+            new = token_losses(model, rows[:, start:end], rows[:, start + 1:end + 1])[:, done - start:]
+            losses[first:first + batch_size, done:end] = new.cpu()
+        done = end
+    return losses
+
+
+def mean_and_stderr(losses):
+    """Losses (N, T) -> their mean, and its standard error over the N windows: tokens of one window are alike."""
+    means = losses.double().mean(dim=1)                                                      # (N,)
+    return means.mean().item(), (means.std() / math.sqrt(len(means))).item() if len(means) > 1 else math.nan
+
+
+def summarize(losses, local_losses, first_losses, edges, characters):
+    """Losses (N, W) of a run -> its list of buckets; nll_above_first is what it loses against the first run.
+
+    All runs are scored on the same tokens, so that difference is known far better than either loss.
+    """
+    buckets = []
+    for i, (start, end) in enumerate(zip(edges, edges[1:])):
+        nll, stderr = mean_and_stderr(losses[:, start:end])
+        above, above_stderr = mean_and_stderr((losses - first_losses)[:, start:end])
+        local, _ = mean_and_stderr(local_losses[:, start:end])
+        tokens_per_character = len(losses) * (end - start) / characters[i]
+        row = {"start": start, "end": end, "nll": nll, "stderr": stderr, "ppl": math.exp(min(nll, 700)),
+               "ppl_local": math.exp(min(local, 700)), "bits_per_character": nll * tokens_per_character / math.log(2),
+               "nll_above_first": above, "nll_above_first_stderr": above_stderr}
+        buckets.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
+    return buckets
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Showing it
+
+
+def print_table(runs, key, title):
+    """One row a run, one column a bucket."""
+    columns = [f"[{bucket['start']:,}, {bucket['end']:,})" for bucket in runs[0]["buckets"]]
+    rows = [["", *columns]] + [[run["name"], *(show(bucket, key) for bucket in run["buckets"])] for run in runs]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print(f"\n{title}")
+    for first, *rest in rows:
+        print("  ".join([first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:]))]))
+
+
+def show(bucket, key):
+    """A number of a bucket as text, with its standard error where there is one."""
+    value, digits = bucket[key], 2 if key.startswith("ppl") else 3
+    if value is None:
+        return "-"
+    stderr = {"ppl": bucket["stderr"] and bucket["stderr"] * value,  # d exp(x) = exp(x) dx
+              "nll_above_first": bucket["nll_above_first_stderr"]}.get(key)
+    text = f"{value:.{digits}f}" if value < 1e5 else f"{value:.1e}"
+    return text if stderr is None else f"{text} ± {stderr:.{digits}f}"
+
+
+def import_pyplot():
+    try:
+        import matplotlib
+        matplotlib.use("Agg")                             # files only: no window, no display needed
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from error
+    return pyplot
+
+
+def plot(runs, path):
+    """Perplexity by position, all runs in one picture; dashed: the same tokens with at most L of context."""
+    pyplot = import_pyplot()
+    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for i, run in enumerate(runs):
+        buckets = [b for b in run["buckets"] if b["nll"] is not None]
+        at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in buckets]           # middle, on a log axis
+        low, high = ([math.exp(b["nll"] + sign * (b["stderr"] or 0)) for b in buckets] for sign in (-1, 1))
+        style = {"color": f"C{i % 10}", "marker": "osD^vPX*<>"[i % 10]}
+        axes.plot(at, [b["ppl"] for b in buckets], label=run["name"], markersize=5, **style)
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.plot(at, [b["ppl_local"] for b in buckets], color=style["color"], linestyle="--", linewidth=1)
+    edges = [b["end"] for b in runs[0]["buckets"]]
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(edges, [f"{edge:,}" for edge in edges])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.axvline(edges[0], color="gray", linestyle=":")
+    axes.annotate(f" trained context, L = {edges[0]}", (edges[0], 0.98), xycoords=("data", "axes fraction"),
+                  va="top", color="gray")
+    axes.set_xlabel("position in the text (tokens)")
+    axes.set_ylabel("perplexity (lower is better)")
+    axes.legend(title="dashed: at most L of context")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = cli.ArgumentParser("Score runs beyond their trained context, side by side on the same tokens.")
+    count, add = cli.number(int, 1), parser.add_argument
+    add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders (best.pt is scored, if there is one) or checkpoints")
+    add("--dataset", help="folder whose validation text is scored; the runs' own if not given")
+    add("--text", help="score this text file instead: one document, say a book")
+    add("--max_factor", type=count, default=16, help="longest context, in multiples of block_size")
+    add("--windows", type=count, default=32, help="windows to average over")
+    add("--json", help="write the results to this file")
+    add("--plot", help="draw them into this file, as .png (needs matplotlib)")
+    add("--batch_size", type=count, default=8, help="windows at a time: memory, not results")
+    add("--chunk", type=count, default=512, help="tokens of a window at a time: memory, not results")
+    cli.add_device_arguments(parser)
+    return parser
+
+
+def choose_text(args, checkpoints):
+    """-> token ids to score, their name, the text's sha256, and the tokenizer that all runs share."""
+    tokenizer = load_tokenizer(checkpoints[0]["tokenizer"])
+    for path, checkpoint in zip(args.runs, checkpoints):
+        if checkpoint["tokenizer"] != checkpoints[0]["tokenizer"]:
+            raise ValueError(f"{path} and {args.runs[0]} read text with different tokenizers: score them one by one")
+    if args.text:
+        text = read_text(Path(args.text))
+        return tokenizer.encode(text), args.text, sha256(text.encode()), tokenizer
+    source = args.dataset or checkpoints[0]["dataset"]["path"]
+    meta, splits = open_dataset(source)
+    if meta["tokenizer"] != checkpoints[0]["tokenizer"]:
+        raise ValueError(f"{source} was made with another tokenizer than {args.runs[0]}: name another --dataset")
+    return splits["val"], source, meta["sha256"], tokenizer
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    if args.plot:
+        import_pyplot()                                   # a missing package is better known before the work
+    for path in filter(None, (args.json, args.plot)):
+        if not Path(path).parent.is_dir():
+            raise ValueError(f"there is no folder {Path(path).parent} to write {path} to: make it first")
+    device = cli.pick_device(args.device)
+    autocast = cli.autocast(device, cli.pick_dtype(args.dtype, device))
+    checkpoints = [load_checkpoint(path) for path in args.runs]
+    names = [Path(path).name for path in args.runs]
+    names = names if len(set(names)) == len(names) else args.runs
+
+    # The windows, the same for all runs. The shortest L sets the buckets.
+    ids, source, text_sha256, tokenizer = choose_text(args, checkpoints)
+    L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)
+    edges = bucket_edges(L, args.max_factor)
+    windows = document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows)
+    if len(windows) < args.windows:
+        print(f"note: the text has room for {len(windows)} such windows, not {args.windows}")
+    characters = [sum(len(tokenizer.decode(row)) for row in windows[:, a + 1:b + 1].numpy())
+                  for a, b in zip(edges, edges[1:])]
+    print(f"scoring {len(windows)} windows of {edges[-1]:,} tokens, each inside one document of {source} "
+          f"(sha256 {text_sha256[:16]}), on {cli.device_name(device)}; L = {L} tokens")
+
+    runs, first_losses = [], None
+    windows = windows.to(device)
+    for name, checkpoint in zip(names, checkpoints):
+        model, block_size = GPT.from_checkpoint(checkpoint).to(device), checkpoint["config"]["block_size"]
+        with autocast:
+            losses = score(model, windows, args.chunk, args.batch_size)
+            local_losses = score_local(model, windows, block_size, args.batch_size)
+        first_losses = losses if first_losses is None else first_losses
+        runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": block_size,
+                     "windows": len(windows), "device": cli.device_name(device), "dataset_sha256": text_sha256,
+                     "iter": checkpoint["iter"], "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
+
+    print_table(runs, "ppl", "perplexity by position, ± standard error")
+    print_table(runs, "ppl_local", "perplexity of the same tokens from at most block_size tokens of context")
+    print_table(runs, "bits_per_character", "bits per character")
+    if len(runs) > 1:
+        print_table(runs[1:], "nll_above_first", f"loss above that of {runs[0]['name']} in nats per token, "
+                                                 "± standard error of the difference on the same tokens")
+    if any(bucket["nll"] is None for run in runs for bucket in run["buckets"]):
+        print("-: the encoding has no value at these positions")
+
+    if args.json:
+        temporary = Path(args.json + ".tmp")
+        temporary.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        os.replace(temporary, args.json)
+    if args.plot:
+        plot(runs, args.plot)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,323 @@
+"""
+Train a GPT on one GPU, or on a CPU:
+
+    python train.py                                        HoPE on the default text, two minutes on two CPU cores
+    python train.py @config/cpu_demo --pe rope --out_dir out/rope
+    python train.py --resume --out_dir out/rope            go on after an interruption
+
+Two runs with the same --seed see the same batches and start from the same shared weights whatever their encoding,
+so that what differs between them is the encoding. A run leaves OUT_DIR/ckpt.pt (the latest state, all that --resume
+needs), OUT_DIR/best.pt (weights with the lowest validation loss) and OUT_DIR/log.jsonl (a line per evaluation).
+"""
+import argparse
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import cli
+from data.prepare import DEFAULT_DATASET, open_dataset
+from model import GPT, PE, GPTConfig, RoPE, load_checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def batch_at(ids, offsets, block_size, device):
+    """Windows of a token file: ids at each offset -> inputs and targets, int64 (B, L), the targets one token later."""
+    rows = np.stack([ids[i:i + block_size + 1] for i in offsets]).astype(np.int64)           # (B, L + 1)
+    rows = torch.from_numpy(rows)
+    if device.type == "cuda":
+        rows = rows.pin_memory().to(device, non_blocking=True)  # pinned: the copy runs while the GPU computes
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
+
+
+def training_batch(ids, batch_size, block_size, seed, index, device):
+    """The index-th batch of a seed. It depends on these two numbers alone: on no encoding, no evaluation, no resume."""
+    offsets = np.random.default_rng((seed, index)).integers(len(ids) - block_size, size=batch_size)
+    return batch_at(ids, offsets, block_size, device)
+
+
+@torch.no_grad()
+def validation_loss(model, ids, batch_size, block_size, n_batches, device, autocast):
+    """Mean loss in nats per token over windows spread evenly over the validation text, the same at each call."""
+    offsets = np.linspace(0, len(ids) - block_size - 1, num=n_batches * batch_size, dtype=np.int64)
+    model.eval()
+    total = 0.0
+    for part in offsets.reshape(n_batches, batch_size):
+        with autocast:
+            total += model(*batch_at(ids, part, block_size, device))[1].item()
+    model.train()
+    return total / n_batches
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimization
+
+
+def make_optimizer(model, args, device):
+    """AdamW. Matrices decay; biases, norms and all that an encoding learns do not."""
+    decay = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        decay[parameter.dim() >= 2 and not name.startswith("transformer.wpe.")].append(parameter)
+    groups = [{"params": decay[True], "weight_decay": args.weight_decay},
+              {"params": decay[False], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(args.beta1, args.beta2),
+                             fused=device.type in ("cpu", "cuda", "mps"))
+
+
+def learning_rate_at(step, args):
+    """Linear warm-up over warmup_iters steps, then half a cosine down to min_lr at lr_decay_iters."""
+    if step < args.warmup_iters:
+        return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
+    last = args.lr_decay_iters or args.max_iters
+    progress = min(1.0, (step - args.warmup_iters) / max(1, last - args.warmup_iters))
+    return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save(path, checkpoint):
+    """Write beside the place, then rename: whenever we are killed, the file that stands there is a whole one."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def get_rng_state(device):
+    """The state of dropout's random numbers. Batches need none: they are a function of the step."""
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
+
+
+def set_rng_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def make_parser():
+    parser = cli.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo --pe rope")
+    defaults = GPTConfig()
+    count, amount, share = cli.number(int, 1), cli.number(float, 0), cli.number(float, 0, 0.9999)
+
+    add = parser.add_argument_group("text and results").add_argument
+    add("--dataset", default=DEFAULT_DATASET, help="folder made by data.prepare; the default one is made by itself")
+    add("--out_dir", default="out/default", help="folder for checkpoints and log")
+    add("--resume", action="store_true", help="go on from out_dir/ckpt.pt, with the flags kept in it")
+    add("--seed", type=cli.number(int, 0), default=1, help="decides the batches and the initial weights")
+
+    add = parser.add_argument_group("positional encoding").add_argument
+    add("--pe", choices=PE, default=defaults.pe, help="which one")
+    add("--rope_base", type=amount, default=defaults.rope_base, help="base of theta_j = base^(-2j/d)")
+    add("--prope_fraction", type=cli.number(float, 0, 1), default=defaults.prope_fraction,
+        help="prope: fraction of the pairs that turns")
+    add("--hope_cutoff", type=amount, default=defaults.hope_cutoff,
+        help="hope: turns inside the trained context that a pair needs to be kept")
+
+    add = parser.add_argument_group("network").add_argument
+    add("--block_size", type=cli.number(int, 2), default=defaults.block_size, help="trained context in tokens, L")
+    add("--n_layer", type=count, default=defaults.n_layer, help="blocks")
+    add("--n_head", type=count, default=defaults.n_head, help="attention heads a block")
+    add("--n_embd", type=count, default=defaults.n_embd, help="channels")
+    add("--dropout", type=share, default=defaults.dropout, help="0.1 to 0.2 where a small text is read many times")
+    add("--bias", action=argparse.BooleanOptionalAction, default=defaults.bias,
+        help="biases in linear layers and norms, as in GPT-2")
+
+    add = parser.add_argument_group("optimization").add_argument
+    add("--max_iters", type=count, default=600, help="steps")
+    add("--batch_size", type=count, default=32, help="windows of block_size tokens a forward")
+    add("--gradient_accumulation_steps", type=count, default=1, help="forwards a step: large batches in little memory")
+    add("--learning_rate", type=amount, default=2e-3, help="the highest, after warm-up")
+    add("--min_lr", type=amount, default=2e-4, help="the last")
+    add("--warmup_iters", type=cli.number(int, 0), default=50, help="steps from 0 to learning_rate")
+    add("--lr_decay_iters", type=count, help="steps until min_lr; max_iters if not given")
+    add("--weight_decay", type=amount, default=0.1, help="AdamW's, on matrices")
+    add("--beta1", type=share, default=0.9, help="AdamW's")
+    add("--beta2", type=share, default=0.99, help="AdamW's")
+    add("--grad_clip", type=amount, default=1.0, help="largest norm of the gradient; 0: no limit")
+
+    add = parser.add_argument_group("evaluation while training").add_argument
+    add("--eval_interval", type=count, default=100, help="steps from one to the next; each saves a checkpoint")
+    add("--eval_iters", type=count, default=20, help="batches of validation text")
+
+    cli.add_device_arguments(parser)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="torch.compile: a slow first step, faster ones after it; pays on a GPU")
+    return parser
+
+
+# What a resumed run may change: where it runs and how far it goes, nothing that it computes.
+FREE_ON_RESUME = {"resume", "out_dir", "max_iters", "device", "compile"}
+
+
+def parse(argv):
+    """-> flags, and the checkpoint to resume from or None. Raises ValueError where flags contradict the checkpoint."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    out_dir = Path(args.out_dir)
+    if not args.resume:
+        if (out_dir / "ckpt.pt").exists():
+            raise ValueError(f"{out_dir} holds a run: add --resume to go on with it, or name another --out_dir")
+        return args, None
+    checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    parser.set_defaults(**checkpoint["args"])             # a flag that is not given now is as it was
+    args = parser.parse_args(argv)
+    changed = [f"--{name} was {was} and is now {getattr(args, name)}" for name, was in checkpoint["args"].items()
+               if name not in FREE_ON_RESUME and getattr(args, name) != was]
+    if changed:
+        raise ValueError(f"{out_dir} cannot go on with other flags: {'; '.join(changed)}. Leave them out or start anew")
+    if args.max_iters < checkpoint["iter"]:
+        raise ValueError(f"{out_dir} has done {checkpoint['iter']} steps, more than --max_iters {args.max_iters}")
+    return args, checkpoint
+
+
+def describe(model, args, meta, ids, device, dtype):
+    """Say what is about to happen, so that a wrong flag is seen now and not in the morning."""
+    config, pe = model.config, model.transformer.wpe
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"network   {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: "
+          f"{size / 1e6:.2f} M parameters")
+    print(f"encoding  {config.pe}, trained context L = {config.block_size} tokens")
+    if isinstance(pe, RoPE):
+        n_pairs, wavelengths = config.n_embd // config.n_head // 2, (2 * math.pi / pe.theta).tolist()
+        print(f"          {len(wavelengths)} of {n_pairs} pairs of channels turn in each head; tokens a turn: "
+              + " ".join(f"{wavelength:.3g}" for wavelength in wavelengths))
+    print(f"text      {args.dataset}: {len(ids['train']):,} tokens to train on, {len(ids['val']):,} to validate on; "
+          f"sha256 {meta['sha256'][:16]}")
+    tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
+    total = tokens * args.max_iters
+    print(f"training  {args.max_iters:,} steps of {tokens:,} tokens: {total / 1e6:.1f} M, "
+          f"{total / len(ids['train']):.2g} x the text; {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}")
+
+
+def main(argv=None):
+    args, checkpoint = parse(argv)
+    device = cli.pick_device(args.device)
+    dtype = cli.pick_dtype(args.dtype, device)
+    autocast = cli.autocast(device, dtype)
+    meta, ids = open_dataset(args.dataset)
+    for name, part in ids.items():
+        if len(part) <= args.block_size:
+            raise ValueError(f"{args.dataset}/{name}.bin has {len(part)} tokens and a window needs block_size + 1 = "
+                             f"{args.block_size + 1}: use more text or a smaller --block_size")
+
+    # The seed is set once more behind the network, so that dropout's random numbers do not depend on the encoding.
+    torch.manual_seed(args.seed)
+    flags = {field.name: getattr(args, field.name) for field in fields(GPTConfig) if field.name in args}
+    config = GPTConfig(vocab_size=meta["vocab_size"], **flags)
+    model = GPT(config).to(device)
+    optimizer = make_optimizer(model, args, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients would be zero
+    torch.manual_seed(args.seed)
+    # step: done so far; best: lowest validation loss; logged: the step of the log's last line
+    step, best, seconds, logged = 0, math.inf, 0.0, -1
+
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    log_file = out_dir / "log.jsonl"
+    log = []
+    if checkpoint:
+        if checkpoint["dataset"]["sha256"] != meta["sha256"]:
+            raise ValueError(f"{args.dataset} is not the text that {out_dir} was trained on: its sha256 is another one")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        set_rng_state(checkpoint["rng"], device)
+        step, best, seconds, logged = (checkpoint[key] for key in ("iter", "best_val_loss", "seconds", "logged"))
+        # later lines are of steps that the checkpoint does not hold and that are about to be done again
+        log = [line for line in log_file.read_text().splitlines() if json.loads(line)["iter"] <= logged]
+    log_file.write_text("".join(line + "\n" for line in log))
+    describe(model, args, meta, ids, device, dtype)
+    if checkpoint:
+        print(f"resuming  after step {step:,}")
+    fast_model = torch.compile(model) if args.compile else model  # the same weights, under the same names in `model`
+
+    def save_run(name, **more):
+        save(out_dir / name, {"config": asdict(config), "model": model.state_dict(), "tokenizer": meta["tokenizer"],
+                              "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, "iter": step, **more})
+
+    def save_latest():
+        save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=get_rng_state(device),
+                 best_val_loss=best, seconds=seconds, logged=logged, args=vars(args))
+
+    # Ctrl-C and SIGTERM ask for a stop; the step under way is finished first.
+    stop = []
+    old_handlers = {number: signal.signal(number, lambda *_: stop.append(True))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
+
+    tokens_per_step = args.batch_size * args.gradient_accumulation_steps * args.block_size
+    started = time.time() - seconds
+    bar = tqdm(total=args.max_iters, initial=step, unit="step", dynamic_ncols=True)
+    lr = train_loss = grad_norm = None                    # of the last step
+    shown = {}
+    model.train()
+    while True:
+        if (step % args.eval_interval == 0 or step == args.max_iters) and step != logged:
+            val_loss = validation_loss(fast_model, ids["val"], args.batch_size, args.block_size, args.eval_iters,
+                                       device, autocast)
+            seconds, logged, shown["val"] = time.time() - started, step, f"{val_loss:.3f}"
+            line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(seconds, 2), "val_loss": val_loss}
+            if train_loss is not None:                    # before the first step there is none
+                line |= {"train_loss": train_loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
+            with open(log_file, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            if val_loss < best:
+                best = val_loss
+                save_run("best.pt", val_loss=val_loss)
+            save_latest()
+        if stop or step >= args.max_iters:
+            break
+
+        lr = learning_rate_at(step, args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        train_loss = 0.0
+        for i in range(args.gradient_accumulation_steps):
+            index = step * args.gradient_accumulation_steps + i
+            x, y = training_batch(ids["train"], args.batch_size, args.block_size, args.seed, index, device)
+            with autocast:
+                loss = fast_model(x, y)[1] / args.gradient_accumulation_steps  # their sum: the mean of one large batch
+            scaler.scale(loss).backward()
+            train_loss += loss.detach()
+        scaler.unscale_(optimizer)                        # before clipping, which is meant for the true gradient
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        bar.update()
+        if step % 10 == 0:                                # reading the loss makes a GPU wait, so not at each step
+            rate = (bar.format_dict["rate"] or 0) * tokens_per_step
+            bar.set_postfix(loss=f"{train_loss.item():.3f}", **shown, tokens_per_s=f"{rate:,.0f}", refresh=False)
+    bar.close()
+    for number, handler in old_handlers.items():
+        signal.signal(number, handler)
+
+    if step < args.max_iters:
+        seconds = time.time() - started
+        save_latest()
+        print(f"stopped after step {step:,}, all is kept; go on with: python train.py --resume --out_dir {out_dir}")
+        return
+    print(f"lowest validation loss {best:.4f} nats a token; {seconds / 60:.1f} minutes; kept in {out_dir}")
+    print(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")
+    print(f"read what it writes:                  python sample.py --out_dir {out_dir}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
