@@ -9,12 +9,19 @@ from pathlib import Path
 import torch
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag with its default, where it has one that says something."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that reads arguments from a file with `@FILE` (# starts a comment) and fails in one line."""
 
     def __init__(self, description):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                         formatter_class=HelpFormatter)
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
