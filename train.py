@@ -180,7 +180,8 @@ def parse(argv):
     changed = [f"--{name} was {was} and is now {getattr(args, name)}" for name, was in checkpoint["args"].items()
                if name not in FREE_ON_RESUME and getattr(args, name) != was]
     if changed:
-        raise ValueError(f"{out_dir} cannot go on with other flags: {'; '.join(changed)}. Leave them out or start anew")
+        raise ValueError(f"{out_dir} cannot go on with other flags: {'; '.join(changed)}: leave them out or start "
+                         "anew in another --out_dir")
     if args.max_iters < checkpoint["iter"]:
         raise ValueError(f"{out_dir} has done {checkpoint['iter']} steps, more than --max_iters {args.max_iters}")
     return args, checkpoint
@@ -202,7 +203,8 @@ def describe(model, args, meta, ids, device, dtype):
     tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
     total = tokens * args.max_iters
     print(f"training  {args.max_iters:,} steps of {tokens:,} tokens: {total / 1e6:.1f} M, "
-          f"{total / len(ids['train']):.2g} x the text; {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}")
+          f"{total / len(ids['train']):.2g} x the text")
+    print(f"where     {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}")
 
 
 def main(argv=None):
