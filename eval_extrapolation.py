@@ -234,6 +234,9 @@ def main(argv=None):
     names = names if len(set(names)) == len(names) else args.runs
 
     # The windows, the same for all runs. The shortest L sets the buckets.
+    if len({checkpoint["iter"] for checkpoint in checkpoints}) > 1:
+        print("note: the runs differ in training steps: "
+              + ", ".join(f"{name} {checkpoint['iter']:,}" for name, checkpoint in zip(names, checkpoints)))
     ids, source, text_sha256, tokenizer = choose_text(args, checkpoints)
     L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)
     edges = bucket_edges(L, args.max_factor)
@@ -255,7 +258,8 @@ def main(argv=None):
         first_losses = losses if first_losses is None else first_losses
         runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": block_size,
                      "windows": len(windows), "device": cli.device_name(device), "dataset_sha256": text_sha256,
-                     "iter": checkpoint["iter"], "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
+                     "iter": checkpoint["iter"],
+                     "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
 
     print_table(runs, "ppl", "perplexity by position, ± standard error")
     print_table(runs, "ppl_local", "perplexity of the same tokens from at most block_size tokens of context")
