@@ -1,0 +1,111 @@
+"""
+What a newcomer can do wrong gets one line that names the cause and the remedy, and an exit code; never a traceback.
+
+    python -m pytest tests/test_errors.py
+"""
+import shutil
+from pathlib import Path
+
+import pytest
+
+import data.prepare
+import eval_extrapolation
+import sample
+import train
+from tests.conftest import TINY_FLAGS
+
+# script, arguments ({run}, {data}, {tmp} are filled in), exit code, words of the message
+MISTAKES = [
+    (train, ["--pe", "rotary"], 2, "nope"),
+    (train, ["--block-size", "64"], 2, "--block_size"),
+    (train, ["--layers", "3"], 2, "--n_layer"),
+    (train, ["--max_iters", "many"], 2, "whole number"),
+    (train, ["--max_iters", "0"], 2, "at least 1"),
+    (train, ["--learning_rate", "nan"], 2, "number"),
+    (train, ["--dropout", "1.5"], 2, "at most"),
+    (train, ["@{tmp}/none"], 2, "none"),
+    (train, ["--dataset", "{tmp}/none"], 2, "data.prepare"),
+    (train, ["--dataset", "{data}", "--block_size", "1000000"], 2, "smaller --block_size"),
+    (train, ["--dataset", "{data}", "--n_embd", "33", "--n_head", "2"], 2, "divisible"),
+    (train, ["--dataset", "{data}", "--n_embd", "30", "--n_head", "2", "--pe", "hope"], 2, "odd"),
+    (train, ["--dataset", "{data}", "--n_embd", "33", "--n_head", "1", "--pe", "sinusoidal"], 2, "even"),
+    (train, ["--dataset", "{data}", "--rope_base", "0.5"], 2, "above 1"),
+    (train, ["--dataset", "{data}", "--device", "gpu"], 2, "--device cpu"),
+    (train, ["--resume", "--out_dir", "{tmp}/none"], 2, "no checkpoint"),
+    (train, ["--resume", "--out_dir", "{run}", "--pe", "rope"], 2, "--pe was hope and is now rope"),
+    (train, ["--resume", "--out_dir", "{run}", "--max_iters", "5"], 2, "10 steps"),
+    (train, ["--out_dir", "{run}"], 2, "--resume"),
+    (sample, ["--out_dir", "{tmp}/none"], 2, "no checkpoint"),
+    (sample, ["--out_dir", "{tmp}/torn"], 2, "damaged"),
+    (sample, ["--out_dir", "{run}", "--start", ""], 2, "empty"),
+    (sample, ["--out_dir", "{run}", "--start", "FILE:{tmp}/none"], 2, "none"),
+    (sample, ["--out_dir", "{run}", "--temperature", "0"], 2, "at least"),
+    (eval_extrapolation, [], 2, "OUT_DIR"),
+    (eval_extrapolation, ["{tmp}/none"], 2, "no checkpoint"),
+    (eval_extrapolation, ["{run}", "--windows", "0"], 2, "at least 1"),
+    (eval_extrapolation, ["{run}", "--max_factor", "100000"], 2, "lower --max_factor"),
+    (eval_extrapolation, ["{run}", "--text", "{tmp}/short.txt"], 2, "longer texts"),
+    (eval_extrapolation, ["{run}", "--text", "{tmp}/none"], 2, "none"),
+    (eval_extrapolation, ["{run}", "--dataset", "{tmp}/none"], 2, "data.prepare"),
+    (eval_extrapolation, ["{run}", "--json", "{tmp}/none/r.json"], 2, "folder"),
+    (data.prepare, ["--source", "{tmp}/none"], 2, "pysrc"),
+    (data.prepare, ["--source", "{tmp}/empty.txt"], 2, "no text"),
+    (data.prepare, ["--source", "{tmp}/binary"], 2, "binary"),
+    (data.prepare, ["--source", "{tmp}/latin1.txt"], 2, "iconv"),
+    (data.prepare, ["--source", "{tmp}/short.txt", "--out_dir", "{tmp}"], 2, "no data set"),
+    (data.prepare, ["--tokenizer", "words"], 2, "char"),
+]
+
+
+@pytest.mark.parametrize("script, arguments, code, words", MISTAKES,
+                         ids=[f"{script.__name__} {' '.join(arguments)}" for script, arguments, *_ in MISTAKES])
+def test_a_mistake_gets_one_line_and_an_exit_code(script, arguments, code, words,
+                                                  finished_run, dataset, tmp_path, fails):
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "binary").write_bytes(b"ab\0cd")
+    (tmp_path / "latin1.txt").write_bytes("café".encode("latin1"))
+    (tmp_path / "torn").write_bytes(Path(finished_run, "ckpt.pt").read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in [*Path(finished_run).iterdir(), *tmp_path.rglob("*.*")]}
+    arguments = [text.format(run=finished_run, data=dataset, tmp=tmp_path) for text in arguments]
+    if script is train and "--out_dir" not in arguments:
+        arguments += ["--out_dir", str(tmp_path / "out")]
+
+    found_code, lines = fails(script, arguments)
+
+    assert found_code == code
+    assert len(lines) == 1 and "error: " in lines[0] and words in lines[0], lines
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_a_run_time_failure_is_one_line_and_exit_code_1(finished_run, monkeypatch, fails):
+    monkeypatch.setattr(sample.GPT, "stream", lambda *_: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
+    assert fails(sample, ["--out_dir", finished_run]) == (1, ["sample.py: error: out of memory"])
+
+
+def test_a_missing_matplotlib_is_said_before_anything_is_computed(finished_run, tmp_path, monkeypatch, fails):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    code, lines = fails(eval_extrapolation, [finished_run, "--plot", str(tmp_path / "r.png")])
+    assert code == 1 and len(lines) == 1 and "pip install matplotlib" in lines[0]
+
+
+def test_a_text_changed_since_the_run_is_refused(finished_run, dataset, tmp_path, fails):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(dataset, tmp_path / "data")
+    meta = tmp_path / "data" / "meta.json"
+    meta.write_text(meta.read_text().replace('"sha256": "', '"sha256": "0'))
+    checkpoint = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    checkpoint["args"]["dataset"] = str(tmp_path / "data")
+    train.save(tmp_path / "run" / "ckpt.pt", checkpoint)
+    code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "20"])
+    assert code == 2 and "sha256" in lines[0]
+
+
+def test_help_lists_every_flag_with_a_word_on_each(capsys):
+    for script in (train, sample, eval_extrapolation, data.prepare):
+        with pytest.raises(SystemExit) as stopped:
+            script.main(["--help"])
+        assert stopped.value.code == 0
+        text = capsys.readouterr().out
+        assert "usage" in text and "None" not in text
+    assert all(flag.split("=")[0] in train.make_parser().format_help() for flag in TINY_FLAGS if flag.startswith("--"))

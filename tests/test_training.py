@@ -1,0 +1,298 @@
+"""
+From text to a scored model: prepare, train, resume, sample, evaluate; and what makes a comparison fair.
+
+    python -m pytest tests/test_training.py
+"""
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data.prepare
+import eval_extrapolation
+import sample
+import train
+from model import GPT, PE, load_checkpoint
+from tests.conftest import TINY_FLAGS
+from tests.test_encodings import all_logits, tiny
+
+
+def run(dataset, out_dir, *flags):
+    train.main([*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(out_dir), *flags])
+    return load_checkpoint(Path(out_dir) / "ckpt.pt")
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(a, b):
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+# --- data
+
+
+def test_documents_are_whole_and_disjoint_and_decode_back(dataset):
+    meta, ids = data.prepare.open_dataset(dataset)
+    tokenizer = data.prepare.load_tokenizer(meta["tokenizer"])
+    texts = {path.read_text() for path in (Path(dataset).parent / "text0").glob("*.txt")}
+    found = {name: tokenizer.decode(part).split("<|endoftext|>")[:-1] for name, part in ids.items()}
+    assert len(found["train"]) + len(found["val"]) == 40 and set(found["train"]) | set(found["val"]) == texts
+    assert [len(found[name]) for name in ("train", "val")] == list(meta["documents"].values())
+    assert 0.05 < meta["characters"]["val"] / sum(meta["characters"].values()) <= 0.1
+
+
+def test_preparing_twice_gives_identical_files(dataset, tmp_path):
+    source = str(Path(dataset).parent / "text0")
+    again = data.prepare.prepare(source, "char", tmp_path / "again")
+    for name in ("train.bin", "val.bin", "meta.json"):
+        assert (again / name).read_bytes() == (Path(dataset) / name).read_bytes()
+
+
+def test_a_single_novel_is_cut_near_its_end(tmp_path, capsys):
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    (tmp_path / "novel.txt").write_text(text)
+    data.prepare.main(["--source", str(tmp_path / "novel.txt"), "--out_dir", str(tmp_path / "set")])
+    meta, ids = data.prepare.open_dataset(tmp_path / "set")
+    tokenizer = data.prepare.load_tokenizer(meta["tokenizer"])
+    assert tokenizer.decode(ids["train"][:-1]) == text[:900] and tokenizer.decode(ids["val"][:-1]) == text[900:]
+    assert "the end of the longest" in capsys.readouterr().out
+
+
+def test_the_default_text_needs_no_network_and_holds_long_documents():
+    documents = data.prepare.read_pysrc()
+    assert sum(map(len, documents)) > 30e6
+    assert sum(len(text) > 50_000 for text in documents) > 150
+    assert len(set(documents)) == len(documents)
+
+
+# --- fair comparison
+
+
+def test_two_encodings_see_the_same_batches_and_start_from_the_same_shared_weights(dataset, tmp_path, monkeypatch):
+    seen = {}
+    for pe in PE:
+        batches, start = [], {}
+
+        def watched(self, idx, targets=None, cache=None, batches=batches, start=start, forward=GPT.forward):
+            if not start:
+                start.update({name: value.clone() for name, value in self.state_dict().items()})
+            if self.training:
+                batches.append((idx.clone(), targets.clone()))
+            return forward(self, idx, targets, cache)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GPT, "forward", watched)
+            # another interval of evaluation and accumulation, which must not change what is read
+            more = ["--eval_interval", "2"] if pe == "hope" else []
+            run(dataset, tmp_path / pe, "--pe", pe, "--max_iters", "3", *more)
+        seen[pe] = batches, start
+    batches, start = seen["nope"]
+    assert len(batches) == 3 and not torch.equal(batches[0][0], batches[1][0])
+    for pe, (other_batches, other_start) in seen.items():
+        assert all(torch.equal(a, b) for one, other in zip(batches, other_batches) for a, b in zip(one, other)), pe
+        assert all(torch.equal(start[name], other_start[name]) for name in start), pe
+
+
+def test_targets_are_the_inputs_one_token_later():
+    x, y = train.training_batch(np.arange(1000, dtype=np.uint16), 5, 12, seed=3, index=7, device=torch.device("cpu"))
+    assert x.shape == y.shape == (5, 12) and torch.equal(x + 1, y)
+    assert len(set(x[:, 0].tolist())) == 5
+
+
+def test_accumulated_small_batches_give_the_step_of_one_large_batch(dataset, tmp_path, monkeypatch):
+    """Offsets are drawn per forward, so the large batch is made of the small ones' draws."""
+    small = run(dataset, tmp_path / "small", "--max_iters", "1", "--gradient_accumulation_steps", "3")
+    draw = train.training_batch
+
+    def joined(ids, batch_size, block_size, seed, index, device):
+        parts = [draw(ids, 4, block_size, seed, i, device) for i in range(3)]
+        return tuple(torch.cat(part) for part in zip(*parts))
+
+    monkeypatch.setattr(train, "training_batch", joined)
+    large = run(dataset, tmp_path / "large", "--max_iters", "1", "--batch_size", "12")
+    for name in small["model"]:
+        # Adam's first step is lr * sign(gradient), nearly: where a gradient is a rounding error the sign may differ
+        close = (small["model"][name] - large["model"][name]).abs() < 1e-5
+        assert close.float().mean() > 0.99, name
+
+
+# --- training
+
+
+def test_training_learns_and_the_log_has_a_line_per_evaluation(dataset, tmp_path):
+    checkpoint = run(dataset, tmp_path, "--max_iters", "100", "--eval_interval", "25", "--learning_rate", "1e-2")
+    lines = log(tmp_path)
+    assert [line["iter"] for line in lines] == [0, 25, 50, 75, 100]
+    assert abs(lines[0]["val_loss"] - math.log(99)) < 0.1 and lines[-1]["val_loss"] < 1.0
+    assert lines[-1]["tokens"] == 100 * 4 * 16
+    best = load_checkpoint(tmp_path / "best.pt")
+    assert best["val_loss"] == min(line["val_loss"] for line in lines) == checkpoint["best_val_loss"]
+    assert "optimizer" not in best
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine_to_its_minimum():
+    args = train.make_parser().parse_args(
+        ["--warmup_iters", "10", "--max_iters", "110", "--learning_rate", "1", "--min_lr", "0.1"])
+    rates = [train.learning_rate_at(step, args) for step in (0, 9, 10, 60, 110, 500)]
+    assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
+
+
+def test_weight_decay_spares_norms_biases_and_what_encodings_learn():
+    args = train.make_parser().parse_args([])
+    model = tiny("learned")
+    decayed, spared = (group["params"] for group in train.make_optimizer(model, args, torch.device("cpu")).param_groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert {names[id(p)].split(".")[-2] for p in decayed} == {"wte", "c_attn", "c_proj", "c_fc"}
+    assert all(p.dim() == 1 or names[id(p)] == "transformer.wpe.weight" for p in spared)
+    assert len(decayed) + len(spared) == len(names)
+
+
+@pytest.mark.parametrize("pe", ["hope", "learned"])
+def test_ten_steps_resumed_for_ten_more_give_the_weights_of_twenty(dataset, tmp_path, pe):
+    flags = ["--pe", pe, "--dropout", "0.2", "--lr_decay_iters", "20"]
+    whole = run(dataset, tmp_path / "whole", *flags, "--max_iters", "20")
+    run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
+    train.main(["--resume", "--out_dir", str(tmp_path / "parts"), "--max_iters", "20"])
+    assert_same_weights(whole, load_checkpoint(tmp_path / "parts" / "ckpt.pt"))
+    lines = [[{k: v for k, v in line.items() if k != "seconds"} for line in log(tmp_path / name)]
+             for name in ("whole", "parts")]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(dataset, tmp_path, monkeypatch, capsys, stop_signal):
+    whole = run(dataset, tmp_path / "whole", "--max_iters", "12")
+    draw = train.training_batch
+
+    def interrupting(*args):
+        if args[4] == 7:                                  # index of the batch: in the middle of the eighth step
+            os.kill(os.getpid(), stop_signal)
+        return draw(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_batch", interrupting)
+        stopped = run(dataset, tmp_path / "parts", "--max_iters", "12")
+    assert stopped["iter"] == 8
+    assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
+    train.main(["--resume", "--out_dir", str(tmp_path / "parts")])
+    assert_same_weights(whole, load_checkpoint(tmp_path / "parts" / "ckpt.pt"))
+    assert [line["iter"] for line in log(tmp_path / "parts")] == [0, 5, 10, 12]
+
+
+def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
+    (tmp_path / "small").write_text("# a comment\n--n_layer 3   # and another\n\n--n_embd 48 --pe rope\n")
+    args = train.make_parser().parse_args([f"@{tmp_path / 'small'}", "--pe", "prope"])
+    assert (args.n_layer, args.n_embd, args.pe) == (3, 48, "prope")
+
+
+@pytest.mark.parametrize("path", sorted(Path("config").iterdir()))
+def test_every_file_in_config_is_accepted_by_train(path):
+    train.make_parser().parse_args([f"@{path}"])
+
+
+# --- sampling
+
+
+def test_sampling_streams_past_block_size_and_maps_unknown_characters(finished_run, capsys):
+    sample.main(["--out_dir", finished_run, "--start", "one tw\u00f6 ", "--max_new_tokens", "40", "--top_k", "5"])
+    out = capsys.readouterr().out
+    assert "never seen 'ö'" in out
+    text = out.split("place\n")[1]
+    assert text.startswith("one twö ") and len(text.split("\n---")[0]) >= 48
+
+
+def test_sampling_follows_its_seed(finished_run, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        sample.main(["--out_dir", finished_run, "--max_new_tokens", "30", "--seed", seed])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("pe", [pe for pe in PE if pe != "learned"])
+@pytest.mark.parametrize("chunk", [1, 13, 64, 500])
+def test_one_pass_in_chunks_equals_scoring_each_prefix_separately(pe, chunk):
+    model, windows = tiny(pe), torch.randint(50, (3, 65))
+    losses = eval_extrapolation.score(model, windows, chunk=chunk, batch_size=2)
+    for n in (1, 2, 31, 32, 33, 64):
+        with torch.no_grad():
+            logits, _ = model(windows[:, :n])             # no cache, and nothing behind the n-th token
+        expected = -logits[:, 0].log_softmax(-1).gather(1, windows[:, [n]])[:, 0]
+        torch.testing.assert_close(losses[:, n - 1], expected, atol=1e-4, rtol=0)
+
+
+def test_learned_is_scored_up_to_its_limit_and_marked_behind_it():
+    losses = eval_extrapolation.score(tiny("learned"), torch.randint(50, (2, 65)), chunk=20, batch_size=2)
+    assert not losses[:, :32].isnan().any() and losses[:, 32:].isnan().all()
+    bucket = eval_extrapolation.summarize(losses, torch.ones(2, 64), losses, [0, 32, 64], [64, 64])[1]
+    assert bucket["nll"] is bucket["ppl"] is bucket["stderr"] is None and bucket["ppl_local"] == pytest.approx(math.e)
+
+
+@pytest.mark.parametrize("width", [16, 32, 50, 96, 100])
+def test_local_context_is_at_most_l_and_at_least_half_of_it(width):
+    model, windows, L = tiny("rope"), torch.randint(50, (2, width + 1)), 32
+    local = eval_extrapolation.score_local(model, windows, L, batch_size=2)
+    for n in range(1, width + 1):                         # n tokens stand before the target
+        candidates = []
+        for context in range(min(n, L // 2), min(n, L) + 1):
+            with torch.no_grad():
+                logits = all_logits(model, windows[:, n - context:n])[:, -1]
+            candidates.append(-logits.log_softmax(-1).gather(1, windows[:, [n]])[:, 0])
+        assert min((local[:, n - 1] - c).abs().max() for c in candidates) < 1e-4
+
+
+def test_windows_lie_inside_one_document_and_do_not_overlap():
+    generator = np.random.default_rng(0)
+    sizes = generator.integers(5, 300, size=40)
+    ids = np.concatenate([np.append(np.arange(size) + 1000 * i, 65535) for i, size in enumerate(sizes)])
+    windows = eval_extrapolation.document_windows(ids.astype(np.uint16), 65535, 20, 10**6)
+    assert (windows[:, 1:] - windows[:, :-1] == 1).all()  # one document each, and no end-of-document id
+    assert len(set(windows.flatten().tolist())) == windows.numel()
+    some = eval_extrapolation.document_windows(ids.astype(np.uint16), 65535, 20, 8)
+    assert len(some) == 8 and torch.equal(some[0], windows[0]) and torch.equal(some[-1], windows[-1])
+
+
+def test_buckets_average_their_own_positions_and_the_error_is_over_windows():
+    losses = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, 8.0, 8.0]])
+    first, second = eval_extrapolation.summarize(losses, losses, losses - 1, [0, 2, 4], [4, 8])
+    assert (first["nll"], second["nll"]) == (2.0, 7.0) and first["stderr"] == 0 and second["stderr"] == pytest.approx(1)
+    assert second["ppl"] == pytest.approx(math.exp(7)) and second["nll_above_first"] == 1
+    assert first["bits_per_character"] == pytest.approx(2 / math.log(2))
+    assert second["bits_per_character"] == pytest.approx(3.5 / math.log(2))  # two characters a token
+    assert eval_extrapolation.bucket_edges(8, 16) == [0, 8, 16, 32, 64, 128]
+    assert eval_extrapolation.bucket_edges(8, 6) == [0, 8, 16, 32, 48]
+
+
+def test_evaluation_writes_the_table_the_json_and_the_picture(dataset, finished_run, tmp_path, capsys):
+    run(dataset, tmp_path / "rope", "--pe", "rope", "--max_iters", "10")
+    run(dataset, tmp_path / "learned", "--pe", "learned", "--max_iters", "10")
+    capsys.readouterr()
+    files = [tmp_path / "r.json", tmp_path / "r.png"]
+    eval_extrapolation.main([finished_run, str(tmp_path / "rope"), str(tmp_path / "learned"), "--windows", "5",
+                             "--max_factor", "4", "--json", str(files[0]), "--plot", str(files[1])])
+    out = capsys.readouterr().out
+    assert "[0, 16)  " in out and "[32, 64)" in out and "±" in out and "has no value" in out
+    runs = json.loads(files[0].read_text())["runs"]
+    assert [(r["name"], r["pe"], r["block_size"], r["windows"]) for r in runs] == [
+        ("hope", "hope", 16, 5), ("rope", "rope", 16, 5), ("learned", "learned", 16, 5)]
+    assert runs[0]["dataset_sha256"] == data.prepare.open_dataset(dataset)[0]["sha256"]
+    assert [(b["start"], b["end"]) for b in runs[0]["buckets"]] == [(0, 16), (16, 32), (32, 64)]
+    assert {"nll", "stderr", "ppl", "ppl_local"} <= set(runs[0]["buckets"][0])
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_evaluation_scores_a_text_file_without_any_data_folder(finished_run, tmp_path, capsys):
+    (tmp_path / "book.txt").write_text("one two three " * 50)
+    eval_extrapolation.main([finished_run, "--text", str(tmp_path / "book.txt"), "--windows", "3", "--max_factor", "2"])
+    assert "book.txt" in capsys.readouterr().out
