@@ -14,6 +14,7 @@ at least L / 2). Where a model does better than that, the longer context helps; 
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -258,7 +259,7 @@ def main(argv=None):
         first_losses = losses if first_losses is None else first_losses
         runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": block_size,
                      "windows": len(windows), "device": cli.device_name(device), "dataset_sha256": text_sha256,
-                     "iter": checkpoint["iter"],
+                     "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
                      "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
 
     print_table(runs, "ppl", "perplexity by position, ± standard error")
@@ -272,7 +273,7 @@ def main(argv=None):
 
     if args.json:
         temporary = Path(args.json + ".tmp")
-        temporary.write_text(json.dumps({"runs": runs}, indent=1) + "\n")
+        temporary.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": runs}, indent=1) + "\n")
         os.replace(temporary, args.json)
     if args.plot:
         plot(runs, args.plot)

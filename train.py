@@ -197,7 +197,7 @@ def describe(model, args, meta, ids, device, dtype):
     if isinstance(pe, RoPE):
         n_pairs, wavelengths = config.n_embd // config.n_head // 2, (2 * math.pi / pe.theta).tolist()
         print(f"          {len(wavelengths)} of {n_pairs} pairs of channels turn in each head; tokens a turn: "
-              + " ".join(f"{wavelength:.3g}" for wavelength in wavelengths))
+              + " ".join(f"{tokens:,.{int(tokens < 20)}f}" for tokens in wavelengths))
     print(f"text      {args.dataset}: {len(ids['train']):,} tokens to train on, {len(ids['val']):,} to validate on; "
           f"sha256 {meta['sha256'][:16]}")
     tokens = args.batch_size * args.gradient_accumulation_steps * args.block_size
@@ -251,11 +251,12 @@ def main(argv=None):
 
     def save_run(name, **more):
         save(out_dir / name, {"config": asdict(config), "model": model.state_dict(), "tokenizer": meta["tokenizer"],
-                              "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, "iter": step, **more})
+                              "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, "args": vars(args),
+                              "iter": step, **more})
 
     def save_latest():
         save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=get_rng_state(device),
-                 best_val_loss=best, seconds=seconds, logged=logged, args=vars(args))
+                 best_val_loss=best, seconds=seconds, logged=logged)
 
     # Ctrl-C and SIGTERM ask for a stop; the step under way is finished first.
     stop = []
