@@ -6,7 +6,7 @@ same scores. A positional encoding adds order, and it can do so at three places.
 
     embed(x, pos)         once, to the token embeddings       learned, sinusoidal
     rotary(pos)           angles by which q and k are turned  rope, prope, hope
-    bias(q_pos, k_pos)    a term added to attention's logits  (none of the encodings here yet)
+    bias(q_pos, k_pos)    a term added to attention's logits  alibi, t5, kerple, fire
 
 An encoding that overrides none of them is NoPE. The network calls all three and never asks for a name.
 
@@ -198,7 +198,130 @@ class HoPE(RoPE):
     """
 
 
-PE = {"nope": NoPE, "learned": Learned, "sinusoidal": Sinusoidal, "rope": RoPE, "prope": PRoPE, "hope": HoPE}
+# The other family does not touch queries and keys and adds a number to each logit, by head and distance. One bias a
+# forward, shared by all layers. What distance it gives to keys in the future does not matter: they are masked.
+
+
+def alibi_slopes(n_head):
+    """ALiBi's slope of each head: float32 (n_head,). 2^(-8h / n_head) for h = 1 ... n_head, a power of two.
+
+    Another n_head takes the slopes of the power of two below it, then every other slope of twice that power.
+    """
+    power = 2 ** int(math.log2(n_head))
+    slopes = 2 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
+    between = 2 ** (-4 / power * torch.arange(1, 2 * power, 2, dtype=torch.float64))         # 1st, 3rd, ... of 2 power
+    return torch.cat((slopes, between[:n_head - power])).float()                             # (H,)
+
+
+class ALiBi(PositionalEncoding):
+    """Attention with linear biases (arXiv 2108.12409, sec. 3): -m_h * distance, the slopes m_h fixed.
+
+    No parameters; one product per head, query and key. Far tokens count less by construction: perplexity stays flat
+    past L since each head looks no further than a few 1 / m_h tokens back.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.slopes = alibi_slopes(config.n_head)         # no buffer, for the reason given in RoPE          (H,)
+
+    def bias(self, q_pos, k_pos):
+        self.slopes = self.slopes.to(q_pos.device)
+        return self.slopes[:, None, None] * (k_pos - q_pos[:, None])                         # (H, Tq, Tk)
+
+
+def t5_bucket(distance, num_buckets=32, max_distance=128):
+    """T5's bucket of each distance (in tokens, any shape; below 0 counts as 0): int64 of the same shape.
+
+    The first half of the buckets holds one distance each, the second half grows by a constant factor and ends at
+    max_distance, from where on all share the last (arXiv 1910.10683, sec. 2.1, causal).
+    """
+    half = num_buckets // 2
+    distance = distance.clamp(min=0)
+    octaves = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)     # 0 at half, 1 at the end
+    far = half + (octaves * (num_buckets - half)).long()
+    return torch.where(distance < half, distance, far.clamp(max=num_buckets - 1))
+
+
+class T5(PositionalEncoding):
+    """T5's relative bias (arXiv 1910.10683, sec. 2.1): a learned number per head and bucket of distances.
+
+    32 H parameters, one lookup per query and key. As in the paper the layers share the table; unlike it, the logits
+    keep their 1 / sqrt(D). The table starts at zero, which is NoPE.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table = nn.Parameter(torch.empty(32, config.n_head))                            # (32, H)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.table)
+
+    def bias(self, q_pos, k_pos):
+        bucket = t5_bucket(q_pos[:, None] - k_pos)                                           # (Tq, Tk)
+        return F.embedding(bucket, self.table.float()).permute(2, 0, 1)                      # (H, Tq, Tk)
+
+
+class KERPLE(PositionalEncoding):
+    """KERPLE, the logarithmic kernel (arXiv 2205.09921, eq. 8): -r1 ln(1 + r2 distance), r1 and r2 learned per head.
+
+    2 H parameters (the authors give each layer its own), one logarithm per head, query and key. Between ALiBi and no
+    decay: how far a head looks is learned.
+    """
+
+    lowest = 0.01                                         # r1 and r2 stay above this, as in the authors' code
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.r1 = nn.Parameter(torch.empty(config.n_head))                                   # (H,)
+        self.r2 = nn.Parameter(torch.empty(config.n_head))                                   # (H,)
+
+    def reset_parameters(self):
+        nn.init.uniform_(self.r1, 0, 2)
+        nn.init.uniform_(self.r2, 0, 1)
+
+    def bias(self, q_pos, k_pos):
+        with torch.no_grad():                             # the stored values move, so that no gradient is lost
+            self.r1.clamp_(min=self.lowest)
+            self.r2.clamp_(min=self.lowest)
+        r1, r2 = self.r1.float()[:, None, None], self.r2.float()[:, None, None]
+        distance = (q_pos[:, None] - k_pos).clamp(min=0)                                     # (Tq, Tk)
+        return -r1 * torch.log1p(r2 * distance)                                              # (H, Tq, Tk)
+
+
+class FIRE(PositionalEncoding):
+    """FIRE (arXiv 2310.04418, sec. 3): a small network of the distance, measured against how far back one could look.
+
+    f(psi(distance) / psi(max(i, threshold))) with psi(x) = ln(|c| x + 1) and f: 1 -> 32 -> H with a ReLU between; i is
+    the query's position. The argument stays in [0, 1] at any length. 33 H + 66 parameters, shared by the layers (the
+    paper's FIRE-S); 32 products per query and key and again per head. The threshold starts at L (the paper's at 512).
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.c = nn.Parameter(torch.empty(()))
+        self.multiplier = nn.Parameter(torch.empty(()))   # of the threshold
+        self.block_size = config.block_size
+        self.weight_1, self.bias_1 = (nn.Parameter(torch.empty(32)) for _ in range(2))       # (32,)
+        self.weight_2 = nn.Parameter(torch.empty(config.n_head, 32))                         # (H, 32)
+        self.bias_2 = nn.Parameter(torch.empty(config.n_head))                               # (H,)
+
+    def reset_parameters(self):
+        nn.init.constant_(self.c, 0.1)
+        nn.init.constant_(self.multiplier, 1.0)
+        for parameter, n_inputs in ((self.weight_1, 1), (self.bias_1, 1), (self.weight_2, 32), (self.bias_2, 32)):
+            nn.init.uniform_(parameter, -n_inputs ** -0.5, n_inputs ** -0.5)  # PyTorch's own for linear layers
+
+    def bias(self, q_pos, k_pos):
+        c, threshold = self.c.float().abs(), (self.multiplier.float() * self.block_size).abs()
+        distance = (q_pos[:, None] - k_pos).clamp(min=0)                                     # (Tq, Tk)
+        reach = torch.maximum(q_pos, threshold)[:, None]                                     # (Tq, 1)
+        x = torch.log1p(c * distance) / (torch.log1p(c * reach) + 1e-6)                      # (Tq, Tk) in [0, 1]
+        hidden = F.relu(x[..., None] * self.weight_1.float() + self.bias_1.float())          # (Tq, Tk, 32)
+        return (hidden @ self.weight_2.float().T + self.bias_2.float()).permute(2, 0, 1)     # (H, Tq, Tk)
+
+
+PE = {"nope": NoPE, "learned": Learned, "sinusoidal": Sinusoidal, "rope": RoPE, "prope": PRoPE, "hope": HoPE,
+      "alibi": ALiBi, "t5": T5, "kerple": KERPLE, "fire": FIRE}
 
 # ---------------------------------------------------------------------------------------------------------------
 # The network
@@ -354,15 +477,20 @@ class GPT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def attention_mask(self, q_pos, k_pos):
-        """What scaled_dot_product_attention is to add, (H, Tq, Tk), or which keys it may use, (Tq, Tk); or None.
+        """What scaled_dot_product_attention adds to the logits, (1, H, Tq, Tk), or which keys it uses, (Tq, Tk).
 
-        None means that no mask is needed: plain causal attention, or a single query that is the last token.
+        Or None where it needs neither: plain causal attention, or a single query that is the last token.
         """
-        future = k_pos > q_pos[:, None]                                                      # (Tq, Tk)
         bias = self.transformer.wpe.bias(q_pos, k_pos)                                       # (H, Tq, Tk)
-        if bias is not None:
-            return bias.masked_fill(future, -math.inf)
-        return None if len(q_pos) in (1, len(k_pos)) else ~future
+        if bias is None and len(q_pos) in (1, len(k_pos)):
+            return None
+        visible = k_pos <= q_pos[:, None]                                                    # (Tq, Tk)
+        if bias is None:
+            return visible
+        # float32 until here; the kernel wants the type of the queries
+        device, dtype = bias.device.type, self.lm_head.weight.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
+        return torch.where(visible, bias, -math.inf).to(dtype)[None]                         # (1, H, Tq, Tk)
 
     def query_scale(self, pos):
         """Factors on the queries, hence on the logits, for contexts past the trained one: (T, 1), or None.

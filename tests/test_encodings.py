@@ -23,6 +23,8 @@ def tiny(pe, **changes):
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_attn.weight.mul_(10)
+        for parameter in model.transformer.wpe.parameters():
+            parameter.add_(torch.rand_like(parameter))    # what an encoding learns, away from where it starts
     return model
 
 
