@@ -1,5 +1,6 @@
 # make demo   train RoPE and HoPE on a CPU and score both beyond the trained context (about six minutes on two cores)
 # make test   the tests
+# make soak   the tests that take minutes
 # make lint   the linter
 # All of them work in their own virtual environment, which the first call makes.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test soak lint
 # the packages are installed anew whenever a requirements file is newer than the last install
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +27,9 @@ demo: out/demo/rope/done out/demo/hope/done
 
 test: $(VENV)/installed
 	$(RUN) -m pytest -q tests
+
+soak: $(VENV)/installed
+	$(RUN) -m pytest -q -m slow tests
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .

@@ -79,6 +79,18 @@ def add_device_arguments(parser):
         help="of the matrix products; auto: bfloat16 on GPUs that have it, float16 on older ones, float32 elsewhere")
 
 
+def add_scaling_arguments(parser, **several):
+    """--rope_scaling, --rope_factor, --attn_scaling; nargs="+" lets a script compare several values."""
+    add = parser.add_argument_group("past the trained context, without training").add_argument
+    none = ["none"] if several else "none"
+    add("--rope_scaling", default=none, choices=["none", "pi", "ntk", "yarn"], **several,
+        help="slow the turning pairs of rope, prope and hope down")
+    add("--rope_factor", default="auto", type=lambda text: text if text == "auto" else number(float, 1)(text),
+        help="how many trained contexts are to look like one; auto: as many as there are")
+    add("--attn_scaling", default=none, choices=["none", "logn"], **several,
+        help="logn: multiply the logits of the n-th query by ln n / ln L past L")
+
+
 def pick_device(name):
     """--device -> torch.device. Raises ValueError where there is no such device."""
     if name == "auto":

@@ -2,6 +2,7 @@
 Perplexity beyond the trained context, of one run or of several side by side on the same tokens:
 
     python eval_extrapolation.py out/rope out/hope --max_factor 16 --json results.json --plot results.png
+    python eval_extrapolation.py out/rope out/hope --rope_scaling none pi ntk yarn --attn_scaling none logn
 
 Long windows, each inside one document, are read once from their first token on. Causal attention makes that one pass
 give every context length at once: the token at position n is predicted from the n tokens before it. Perplexity is
@@ -23,8 +24,8 @@ from torch.nn import functional as F
 
 import cli
 from data.prepare import open_dataset, read_text, sha256
-from model import GPT, KVCache, load_checkpoint
-from tokenizer import load_tokenizer
+from model import GPT, PE, KVCache, RoPE, load_checkpoint
+from tokenizer import checkpoint_tokenizer, encode_checked
 
 # ---------------------------------------------------------------------------------------------------------------
 # What is scored
@@ -96,6 +97,29 @@ def score_local(model, windows, context, batch_size):
             new = token_losses(model, rows[:, start:end], rows[:, start + 1:end + 1])[:, done - start:]
             losses[first:first + batch_size, done:end] = new.cpu()
         done = end
+    return losses
+
+
+def scalings(args, pe):
+    """The combinations of the scaling flags' values that an encoding allows -> overrides of its configuration."""
+    rope_scalings = args.rope_scaling if issubclass(PE[pe], RoPE) else ["none"]
+    return [{"rope_scaling": rope, "rope_factor": 1.0 if rope == "none" else args.rope_factor, "attn_scaling": attn}
+            for rope in rope_scalings for attn in args.attn_scaling]
+
+
+def score_scaled(checkpoint, scaling, windows, edges, args, device):
+    """score() of a checkpoint under one of the scalings.
+
+    With rope_factor "auto" each bucket has its own, its end over L, hence its own frequencies and its own pass.
+    """
+    passes = [(0, edges[-1], scaling["rope_factor"])]
+    if scaling["rope_factor"] == "auto":
+        block_size = checkpoint["config"]["block_size"]
+        passes = [(start, end, max(1.0, end / block_size)) for start, end in zip(edges, edges[1:])]
+    losses = torch.empty(len(windows), edges[-1])
+    for start, end, factor in passes:
+        model = GPT.from_checkpoint(checkpoint, **{**scaling, "rope_factor": factor}).to(device)
+        losses[:, start:end] = score(model, windows[:, :end + 1], args.chunk, args.batch_size)[:, start:end]
     return losses
 
 
@@ -201,22 +225,25 @@ def make_parser():
     add("--plot", help="draw them into this file, as .png (needs matplotlib)")
     add("--batch_size", type=count, default=8, help="windows at a time: memory, not results")
     add("--chunk", type=count, default=512, help="tokens of a window at a time: memory, not results")
+    cli.add_scaling_arguments(parser, nargs="+")
     cli.add_device_arguments(parser)
     return parser
 
 
 def choose_text(args, checkpoints):
     """-> token ids to score, their name, the text's sha256, and the tokenizer that all runs share."""
-    tokenizer = load_tokenizer(checkpoints[0]["tokenizer"])
+    tokenizer = checkpoint_tokenizer(checkpoints[0])
     for path, checkpoint in zip(args.runs, checkpoints):
         if checkpoint["tokenizer"] != checkpoints[0]["tokenizer"]:
             raise ValueError(f"{path} and {args.runs[0]} read text with different tokenizers: score them one by one")
     if args.text:
         text = read_text(Path(args.text))
-        return tokenizer.encode(text), args.text, sha256(text.encode()), tokenizer
+        return encode_checked(tokenizer, text, checkpoints[0]), args.text, sha256(text.encode()), tokenizer
+    if not args.dataset and not checkpoints[0]["dataset"]:
+        raise ValueError(f"{args.runs[0]} does not say what it was trained on: name a --text to score")
     source = args.dataset or checkpoints[0]["dataset"]["path"]
     meta, splits = open_dataset(source)
-    if meta["tokenizer"] != checkpoints[0]["tokenizer"]:
+    if meta["tokenizer"] != tokenizer.to_dict():
         raise ValueError(f"{source} was made with another tokenizer than {args.runs[0]}: name another --dataset")
     return splits["val"], source, meta["sha256"], tokenizer
 
@@ -231,7 +258,7 @@ def main(argv=None):
     device = cli.pick_device(args.device)
     autocast = cli.autocast(device, cli.pick_dtype(args.dtype, device))
     checkpoints = [load_checkpoint(path) for path in args.runs]
-    names = [Path(path).name for path in args.runs]
+    names = [Path(path).name if Path(path).is_dir() else path for path in args.runs]
     names = names if len(set(names)) == len(names) else args.runs
 
     # The windows, the same for all runs. The shortest L sets the buckets.
@@ -252,15 +279,19 @@ def main(argv=None):
     runs, first_losses = [], None
     windows = windows.to(device)
     for name, checkpoint in zip(names, checkpoints):
-        model, block_size = GPT.from_checkpoint(checkpoint).to(device), checkpoint["config"]["block_size"]
-        with autocast:
-            losses = score(model, windows, args.chunk, args.batch_size)
-            local_losses = score_local(model, windows, block_size, args.batch_size)
-        first_losses = losses if first_losses is None else first_losses
-        runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": block_size,
-                     "windows": len(windows), "device": cli.device_name(device), "dataset_sha256": text_sha256,
-                     "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
-                     "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
+        config = checkpoint["config"]
+        with autocast:                                    # within L nothing is scaled: one local score serves all
+            local_losses = score_local(GPT.from_checkpoint(checkpoint).to(device), windows, config["block_size"],
+                                       args.batch_size)
+        for scaling in scalings(args, config["pe"]):
+            with autocast:
+                losses = score_scaled(checkpoint, scaling, windows, edges, args, device)
+            first_losses = losses if first_losses is None else first_losses
+            label = [name, *(scaling[key] for key in ("rope_scaling", "attn_scaling") if scaling[key] != "none")]
+            runs.append({"name": " ".join(label), "pe": config["pe"], "block_size": config["block_size"], **scaling,
+                         "windows": len(windows), "device": cli.device_name(device), "dataset_sha256": text_sha256,
+                         "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
+                         "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
 
     print_table(runs, "ppl", "perplexity by position, ± standard error")
     print_table(runs, "ppl_local", "perplexity of the same tokens from at most block_size tokens of context")
@@ -270,6 +301,8 @@ def main(argv=None):
                                                  "± standard error of the difference on the same tokens")
     if any(bucket["nll"] is None for run in runs for bucket in run["buckets"]):
         print("-: the encoding has no value at these positions")
+    if args.rope_factor == "auto" and any(run["rope_scaling"] != "none" for run in runs):
+        print("pi, ntk, yarn: each column is a pass of its own, with frequencies for texts as long as its end")
 
     if args.json:
         temporary = Path(args.json + ".tmp")

@@ -407,7 +407,7 @@ class Block(nn.Module):
 
 @dataclass
 class GPTConfig:
-    """All that defines the network. Every field is a flag of train.py. Raises ValueError where values do not fit."""
+    """All that defines the network; every field is a flag. Raises ValueError where values do not fit."""
 
     block_size: int = 128            # L: tokens of context in training
     vocab_size: int = 256            # V: set by the tokenizer
@@ -420,9 +420,9 @@ class GPTConfig:
     rope_base: float = 10000.0       # slowest wavelength is about 2 pi * rope_base tokens
     prope_fraction: float = 0.75     # p-RoPE: fraction of the pairs that turns
     hope_cutoff: float = 1.0         # HoPE: turns in L tokens that a pair needs to be kept
-    rope_scaling: str = "none"       # none, pi, ntk, yarn: for contexts longer than the trained one
+    rope_scaling: str = "none"       # none, pi, ntk, yarn: for contexts longer than the trained one, at inference
     rope_factor: float = 1.0         # how many times longer
-    attn_scaling: str = "none"       # none, logn: sharper attention past L
+    attn_scaling: str = "none"       # none, logn: sharper attention past L, at inference
 
     def __post_init__(self):
         if self.pe not in PE:
@@ -577,6 +577,7 @@ class GPT(nn.Module):
 def load_checkpoint(path):
     """A checkpoint file, or the one in a run's folder (best.pt, else ckpt.pt) -> dict with config, model, ...
 
+    nanoGPT's ckpt.pt is read too; it brings neither text nor tokenizer (None).
     Nothing in the file is executed (weights_only). Raises FileNotFoundError, or ValueError for a file that is none.
     """
     path = Path(path)
@@ -586,6 +587,11 @@ def load_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {path.parent}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "model_args" in checkpoint:                    # nanoGPT's: the same network with learned positions
+            weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()
+                       if not name.endswith(".attn.bias")}  # older ones store their causal mask under this name
+            checkpoint = {"config": {**checkpoint["model_args"], "pe": "learned"}, "model": weights,
+                          "iter": checkpoint["iter_num"], "args": {"seed": None}, "dataset": None, "tokenizer": None}
         GPTConfig(**checkpoint["config"])
     except Exception as error:                            # torch raises a dozen types here; to the user they are one
         raise ValueError(f"{path} is damaged, or no checkpoint of this project ({type(error).__name__})") from error

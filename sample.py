@@ -10,7 +10,7 @@ import torch
 import cli
 from data.prepare import read_text
 from model import GPT, load_checkpoint
-from tokenizer import load_tokenizer
+from tokenizer import checkpoint_tokenizer, encode_checked
 
 
 def main(argv=None):
@@ -23,13 +23,13 @@ def main(argv=None):
     add("--temperature", type=cli.number(float, 0.01), default=0.8, help="below 1: safer, above 1: wilder")
     add("--top_k", type=count, help="choose among the k likeliest tokens; 1: always the likeliest")
     add("--seed", type=cli.number(int, 0), default=1, help="another seed, another text")
+    cli.add_scaling_arguments(parser)
     cli.add_device_arguments(parser)
     args = parser.parse_args(argv)
 
     device = cli.pick_device(args.device)
     checkpoint = load_checkpoint(args.out_dir)
-    tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    model = GPT.from_checkpoint(checkpoint).to(device)
+    tokenizer = checkpoint_tokenizer(checkpoint)
     start = args.start
     if start.startswith("FILE:"):
         start = read_text(Path(start.removeprefix("FILE:")))
@@ -39,7 +39,13 @@ def main(argv=None):
         print(f"note: the model has never seen {unknown!r} and reads U+FFFD in their place")
 
     torch.manual_seed(args.seed)
-    idx = torch.from_numpy(tokenizer.encode(start).astype("int64"))[None].to(device)         # (1, T)
+    ids = encode_checked(tokenizer, start, checkpoint)
+    idx = torch.from_numpy(ids.astype("int64"))[None].to(device)                             # (1, T)
+    # auto is settled once, by the final length: keys in the cache are turned, and must not be turned anew
+    factor = max(1.0, (len(ids) + args.max_new_tokens) / checkpoint["config"]["block_size"])
+    factor = factor if args.rope_factor == "auto" else args.rope_factor
+    model = GPT.from_checkpoint(checkpoint, rope_scaling=args.rope_scaling, attn_scaling=args.attn_scaling,
+                                rope_factor=factor).to(device)
     for _ in range(args.num_samples):
         print(start, end="", flush=True)
         with cli.autocast(device, cli.pick_dtype(args.dtype, device)):

@@ -6,6 +6,8 @@ Text to token ids and back. A tokenizer has
     to_dict()                           all of it in plain values: meta.json and every checkpoint keep this,
                                         and load_tokenizer() gives the tokenizer back
 """
+import string
+
 import numpy as np
 
 PRINTABLE_ASCII = "\t\n" + "".join(chr(c) for c in range(32, 127))
@@ -37,8 +39,33 @@ class CharTokenizer:
 
 KINDS = {"char": CharTokenizer}
 
+# nanoGPT's shakespeare_char: the characters of tiny Shakespeare, sorted, and no others
+NANOGPT_TOKENIZERS = {65: {"kind": "char", "chars": "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase}}
+
 
 def load_tokenizer(saved):
     """What to_dict() gave -> the tokenizer."""
     kind, *values = saved.values()
     return KINDS[kind](*values)
+
+
+def checkpoint_tokenizer(checkpoint):
+    """The tokenizer of a loaded checkpoint. nanoGPT's hold none: two are known by their vocabulary's size.
+
+    Raises ValueError for a nanoGPT checkpoint with another vocabulary.
+    """
+    if checkpoint["tokenizer"]:
+        return load_tokenizer(checkpoint["tokenizer"])
+    size = checkpoint["config"]["vocab_size"]
+    if size not in NANOGPT_TOKENIZERS:
+        raise ValueError(f"this nanoGPT checkpoint has a vocabulary of {size} and does not say of what: only those of "
+                         "GPT-2 (50257, 50304) and shakespeare_char (65) are known")
+    return load_tokenizer(NANOGPT_TOKENIZERS[size])
+
+
+def encode_checked(tokenizer, text, checkpoint):
+    """text -> ids that the checkpoint's model has embeddings for. Raises ValueError with the characters it lacks."""
+    ids = tokenizer.encode(text)
+    if ids.max(initial=0) >= checkpoint["config"]["vocab_size"]:
+        raise ValueError(f"the model has no token for {tokenizer.unknown_characters(text)!r}: leave these out")
+    return ids

@@ -8,6 +8,8 @@ import math
 import pytest
 import torch
 
+import eval_extrapolation
+import sample
 from model import GPT, PE, GPTConfig, KVCache, load_checkpoint
 from tests.test_encodings import all_logits, tiny
 
@@ -157,3 +159,26 @@ def test_checkpoints_give_back_the_model_and_a_damaged_one_is_named(tmp_path):
         load_checkpoint(path)
     with pytest.raises(FileNotFoundError, match="train.py"):
         load_checkpoint(tmp_path / "none")
+
+
+def test_a_nanogpt_checkpoint_is_the_same_network(tmp_path, capsys):
+    """Its keys and quirks: model_args, compiled weights' prefix, causal masks stored as attn.bias, no tokenizer."""
+    model = tiny("learned", vocab_size=65, bias=False)
+    weights = {"_orig_mod." + name: value for name, value in model.state_dict().items()}
+    weights |= {f"_orig_mod.transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    torch.save({"model": weights, "model_args": {name: getattr(model.config, name) for name in names}, "iter_num": 5,
+                "best_val_loss": torch.tensor(1.0), "optimizer": {}, "config": {"dataset": "shakespeare_char"}},
+               tmp_path / "ckpt.pt")
+    idx = torch.randint(65, (2, 32))
+    assert torch.equal(all_logits(GPT.from_checkpoint(tmp_path), idx), all_logits(model, idx))
+
+    (tmp_path / "text.txt").write_text("To be, or not to be: " * 20)
+    sample.main(["--out_dir", str(tmp_path), "--start", "ROMEO:", "--max_new_tokens", "40"])
+    eval_extrapolation.main([str(tmp_path), "--text", str(tmp_path / "text.txt"), "--max_factor", "2"])
+    out = capsys.readouterr().out
+    assert "ROMEO:" in out and "[32, 64)" in out
+    with pytest.raises(ValueError, match="no token for '#'"):
+        sample.main(["--out_dir", str(tmp_path), "--start", "#"])
+    with pytest.raises(ValueError, match="--text"):
+        eval_extrapolation.main([str(tmp_path)])

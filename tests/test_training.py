@@ -252,6 +252,35 @@ def test_local_context_is_at_most_l_and_at_least_half_of_it(width):
         assert min((local[:, n - 1] - c).abs().max() for c in candidates) < 1e-4
 
 
+def test_scaled_runs_stand_beside_unscaled_ones_and_auto_gives_each_bucket_its_own_factor(finished_run, tmp_path):
+    eval_extrapolation.main([finished_run, "--max_factor", "4", "--windows", "3",
+                             "--rope_scaling", "none", "pi", "yarn", "--attn_scaling", "none", "logn", "--json", str(tmp_path / "r.json")])
+    runs = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert [r["name"] for r in runs] == ["hope", "hope logn", "hope pi", "hope pi logn", "hope yarn", "hope yarn logn"]
+    plain, scaled = runs[0]["buckets"], runs[2]["buckets"]
+    assert plain[0] == scaled[0]                          # inside L the factor is 1
+    checkpoint = load_checkpoint(finished_run)
+    dataset = data.prepare.open_dataset(checkpoint["dataset"]["path"])[1]["val"]
+    windows = eval_extrapolation.document_windows(dataset, 98, 64, 3)
+    for bucket, factor in zip(scaled[1:], (2.0, 4.0)):
+        model = GPT.from_checkpoint(checkpoint, rope_scaling="pi", rope_factor=factor)
+        with torch.no_grad():
+            logits = all_logits(model, windows[:, :bucket["end"]])
+        losses = -logits.log_softmax(-1).gather(-1, windows[:, 1:bucket["end"] + 1, None])[..., 0]
+        assert bucket["nll"] == pytest.approx(losses[:, bucket["start"]:].mean().item(), abs=1e-5)
+
+
+def test_sampling_under_auto_scaling_uses_one_factor_for_the_whole_text(finished_run, capsys):
+    sample.main(["--out_dir", finished_run, "--start", "one two", "--max_new_tokens", "57", "--top_k", "1",
+                 "--rope_scaling", "ntk", "--attn_scaling", "logn"])
+    model = GPT.from_checkpoint(finished_run, rope_scaling="ntk", rope_factor=64 / 16, attn_scaling="logn")
+    tokenizer = data.prepare.load_tokenizer(load_checkpoint(finished_run)["tokenizer"])
+    idx = torch.tensor(tokenizer.encode("one two").astype(np.int64))[None]
+    for _ in range(57):
+        idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert capsys.readouterr().out.split("\n---")[0] == tokenizer.decode(idx[0].tolist())
+
+
 def test_windows_lie_inside_one_document_and_do_not_overlap():
     generator = np.random.default_rng(0)
     sizes = generator.integers(5, 300, size=40)
