@@ -26,17 +26,17 @@ def kept_pairs(pe):
     return {"rope": 5, "prope": 3, "hope": sum(10000 ** (-2 * j / 10) * L / (2 * math.pi) >= 1 for j in range(5))}[pe]
 
 
-def scaled_angle(j, scaling, s):
+def scaled_angle(j, scaling, s, head_dim=HEAD_DIM, block_size=L):
     """Angle per token of pair j when s trained contexts are to look like one."""
-    theta = 10000 ** (-2 * j / HEAD_DIM)
+    theta = 10000 ** (-2 * j / head_dim)
     if scaling == "pi":
         return theta / s
     if scaling == "ntk":
-        return (10000 * s ** (HEAD_DIM / (HEAD_DIM - 2))) ** (-2 * j / HEAD_DIM)
+        return (10000 * s ** (head_dim / (head_dim - 2))) ** (-2 * j / head_dim)
     if scaling == "yarn":
         def index_of(turns):                              # where on the spectrum a pair would have so many turns in L
-            return HEAD_DIM * math.log(L / (turns * 2 * math.pi)) / (2 * math.log(10000))
-        low, high = max(0, math.floor(index_of(32))), min(HEAD_DIM - 1, math.ceil(index_of(1)))
+            return head_dim * math.log(block_size / (turns * 2 * math.pi)) / (2 * math.log(10000))
+        low, high = max(0, math.floor(index_of(32))), min(head_dim - 1, math.ceil(index_of(1)))
         keep = 1 - min(1, max(0, (j - low) / (high - low)))
         return theta * keep + theta / s * (1 - keep)
     return theta
@@ -231,12 +231,20 @@ def test_ends_of_the_spectrum_under_each_scaling(head_dim, block_size, s):
         assert (theta(scaling, s).diff() < 0).all()
 
 
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("head_dim, block_size", [(128, 4096), (64, 512), (32, 128)])
+def test_scaled_frequencies_of_real_models_equal_the_reference(head_dim, block_size, scaling):
+    found = rope_frequencies(head_dim, block_size=block_size, scaling=scaling, factor=8.0)
+    expected = [scaled_angle(j, scaling, 8.0, head_dim, block_size) for j in range(head_dim // 2)]
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
 def test_yarn_keeps_pairs_of_over_32_turns_and_divides_those_under_one():
     theta, scaled = (rope_frequencies(128, block_size=4096, scaling=name, factor=8.0) for name in ("none", "yarn"))
     turns, ratio = theta * 4096 / (2 * math.pi), scaled / theta
-    torch.testing.assert_close(ratio[turns < 1], torch.full_like(ratio[turns < 1], 1 / 8))
-    inside = (turns > 32).sum() - 1                       # the ramp starts at the last whole pair above 32 turns
-    assert (ratio[:inside] == 1).all() and (ratio.diff() <= 1e-6).all()
+    torch.testing.assert_close(ratio[turns > 34], torch.ones_like(ratio[turns > 34]))
+    torch.testing.assert_close(ratio[turns < 0.9], torch.full_like(ratio[turns < 0.9], 1 / 8))
+    assert ((ratio > 1 / 8) & (ratio < 1)).sum() > 10     # and a ramp between
 
 
 @pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])

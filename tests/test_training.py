@@ -254,7 +254,8 @@ def test_local_context_is_at_most_l_and_at_least_half_of_it(width):
 
 def test_scaled_runs_stand_beside_unscaled_ones_and_auto_gives_each_bucket_its_own_factor(finished_run, tmp_path):
     eval_extrapolation.main([finished_run, "--max_factor", "4", "--windows", "3",
-                             "--rope_scaling", "none", "pi", "yarn", "--attn_scaling", "none", "logn", "--json", str(tmp_path / "r.json")])
+                             "--rope_scaling", "none", "pi", "yarn", "--attn_scaling", "none", "logn",
+                             "--json", str(tmp_path / "r.json")])
     runs = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert [r["name"] for r in runs] == ["hope", "hope logn", "hope pi", "hope pi logn", "hope yarn", "hope yarn logn"]
     plain, scaled = runs[0]["buckets"], runs[2]["buckets"]
