@@ -594,5 +594,7 @@ def load_checkpoint(path):
                           "iter": checkpoint["iter_num"], "args": {"seed": None}, "dataset": None, "tokenizer": None}
         GPTConfig(**checkpoint["config"])
     except Exception as error:                            # torch raises a dozen types here; to the user they are one
-        raise ValueError(f"{path} is damaged, or no checkpoint of this project ({type(error).__name__})") from error
+        others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
+        raise ValueError(f"{path} is damaged, or no checkpoint of this project ({type(error).__name__})"
+                         + (f"; beside it there is {', '.join(others)}" if others else "")) from error
     return checkpoint

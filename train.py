@@ -4,6 +4,7 @@ Train a GPT on one GPU, or on a CPU:
     python train.py                                        HoPE on the default text, two minutes on two CPU cores
     python train.py @config/cpu_demo --pe rope --out_dir out/rope
     python train.py --resume --out_dir out/rope            go on after an interruption
+    torchrun --nproc_per_node=4 train.py @config/cpu_demo --gradient_accumulation_steps 4     several GPUs
 
 Two runs with the same --seed see the same batches and start from the same shared weights whatever their encoding,
 so that what differs between them is the encoding. A run leaves OUT_DIR/ckpt.pt (the latest state, all that --resume
@@ -15,11 +16,13 @@ import math
 import os
 import signal
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import cli
@@ -82,18 +85,44 @@ def learning_rate_at(step, args):
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
 
 
+def memory_estimate(config, args, dtype):
+    """Bytes that training needs, roughly: weights, gradient, AdamW's two moments, and what backward remembers."""
+    C, V, tokens = config.n_embd, config.vocab_size, args.batch_size * config.block_size
+    weights = 12 * config.n_layer * C * C + V * C
+    per_layer = 22 * C                                    # norms 2, q k v and their turned copies 5, attention and ...
+    logits = 3 * V                                        # ... its projection 3, the four times wider MLP 12
+    return 16 * weights + tokens * (config.n_layer * per_layer * dtype.itemsize + logits * 4)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
+@dataclass
+class Progress:
+    """How far a run is: all there is to keep besides weights, optimizer and dropout's random numbers."""
+
+    iter: int = 0                                         # steps done
+    best_val_loss: float = math.inf                       # nats per token
+    seconds: float = 0.0                                  # spent so far, earlier sessions included
+    logged: int = -1                                      # the step of the last line in log.jsonl
+
+
 def save(path, checkpoint):
-    """Write beside the place, then rename: whenever we are killed, the file that stands there is a whole one."""
+    """Write beside the place, then rename: whenever we are killed, the file that stands there is a whole one.
+
+    Raises OSError where that fails, as on a full disk; the file that stood there is left as it was.
+    """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())                       # on the disk before the name points to it
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:              # torch reports a failed write as a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written, the one before it is kept: {error}") from error
 
 
 def get_rng_state(device):
@@ -105,6 +134,33 @@ def set_rng_state(state, device):
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def cut_log(path, last_iter):
+    """Drop the lines behind a step, which a resumed run does again, and a last line that a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["iter"] <= last_iter:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    path.write_text("".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes, each with its own GPU: they take turns at the forwards of a step and share the mean gradient
+
+
+def join_processes(device):
+    """Join those that torchrun started, if it did -> rank, number of processes, device."""
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return distributed.get_rank(), distributed.get_world_size(), device
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -141,7 +197,8 @@ def make_parser():
     add = parser.add_argument_group("optimization").add_argument
     add("--max_iters", type=count, default=600, help="steps")
     add("--batch_size", type=count, default=32, help="windows of block_size tokens a forward")
-    add("--gradient_accumulation_steps", type=count, default=1, help="forwards a step: large batches in little memory")
+    add("--gradient_accumulation_steps", type=count, default=1,
+        help="forwards a step, over all processes: large batches in little memory")
     add("--learning_rate", type=amount, default=2e-3, help="the highest, after warm-up")
     add("--min_lr", type=amount, default=2e-4, help="the last")
     add("--warmup_iters", type=cli.number(int, 0), default=50, help="steps from 0 to learning_rate")
@@ -151,9 +208,12 @@ def make_parser():
     add("--beta2", type=share, default=0.99, help="AdamW's")
     add("--grad_clip", type=amount, default=1.0, help="largest norm of the gradient; 0: no limit")
 
-    add = parser.add_argument_group("evaluation while training").add_argument
-    add("--eval_interval", type=count, default=100, help="steps from one to the next; each saves a checkpoint")
+    add = parser.add_argument_group("evaluating and saving").add_argument
+    add("--eval_interval", type=count, default=100, help="steps between evaluations; each saves a checkpoint")
     add("--eval_iters", type=count, default=20, help="batches of validation text")
+    add("--save_interval", type=count, help="steps between checkpoints, if more are wanted")
+    add("--save_minutes", type=amount, default=10.0, help="minutes after which one is saved in any case")
+    add("--keep_every", type=count, help="keep the weights of each N-th step, as ckpt_00000N.pt")
 
     cli.add_device_arguments(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
@@ -161,8 +221,8 @@ def make_parser():
     return parser
 
 
-# What a resumed run may change: where it runs and how far it goes, nothing that it computes.
-FREE_ON_RESUME = {"resume", "out_dir", "max_iters", "device", "compile"}
+# What a resumed run may change: where it runs, how far it goes and what it saves, nothing that it computes.
+FREE_ON_RESUME = {"resume", "out_dir", "max_iters", "device", "compile", "save_interval", "save_minutes", "keep_every"}
 
 
 def parse(argv):
@@ -207,94 +267,155 @@ def describe(model, args, meta, ids, device, dtype):
     print(f"where     {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}")
 
 
+def check_health(loss, grad_norm, lr, step, saved_step, config, scaler, out_dir):
+    """Raise RuntimeError where the run has diverged, before bad weights take the place of a good checkpoint."""
+    healthy = math.isfinite(loss) and loss < 3 * math.log(config.vocab_size)  # a blind guess costs ln V
+    if healthy and (scaler.is_enabled() or math.isfinite(grad_norm)):  # the scaler leaves steps out that overflow
+        return
+    raise RuntimeError(f"training has diverged: loss {loss:.4g}, gradient norm {grad_norm:.4g} at step {step:,}, "
+                       f"learning rate {lr:.3g}. {out_dir}/ckpt.pt still holds step {saved_step:,}; start anew in "
+                       "another --out_dir with a lower --learning_rate, more --warmup_iters or a lower --grad_clip")
+
+
 def main(argv=None):
     args, checkpoint = parse(argv)
-    device = cli.pick_device(args.device)
+    rank, n_processes, device = join_processes(cli.pick_device(args.device))
     dtype = cli.pick_dtype(args.dtype, device)
-    autocast = cli.autocast(device, dtype)
     meta, ids = open_dataset(args.dataset)
     for name, part in ids.items():
         if len(part) <= args.block_size:
             raise ValueError(f"{args.dataset}/{name}.bin has {len(part)} tokens and a window needs block_size + 1 = "
                              f"{args.block_size + 1}: use more text or a smaller --block_size")
-
-    # The seed is set once more behind the network, so that dropout's random numbers do not depend on the encoding.
-    torch.manual_seed(args.seed)
+    if args.gradient_accumulation_steps % n_processes:
+        raise ValueError(f"{n_processes} processes cannot share --gradient_accumulation_steps "
+                         f"{args.gradient_accumulation_steps} evenly: make it a multiple of {n_processes}")
+    if checkpoint and checkpoint["dataset"]["sha256"] != meta["sha256"]:
+        raise ValueError(f"{args.dataset} is not the text that {args.out_dir} was trained on: another sha256")
     flags = {field.name: getattr(args, field.name) for field in fields(GPTConfig) if field.name in args}
     config = GPTConfig(vocab_size=meta["vocab_size"], **flags)
+    try:
+        train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        gigabytes = memory_estimate(config, args, dtype) / 1e9
+        raise RuntimeError(f"out of memory on {cli.device_name(device)}; these flags need about {gigabytes:.1f} GB: "
+                           "halve --batch_size and double --gradient_accumulation_steps for the same steps in half the "
+                           "memory, or lower --block_size, --n_layer or --n_embd") from error
+    finally:
+        if n_processes > 1:
+            distributed.destroy_process_group()
+
+
+def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes):
+    """The run itself. The process of rank 0 alone evaluates, writes and prints."""
+    autocast = cli.autocast(device, dtype)
+    torch.manual_seed(args.seed)
     model = GPT(config).to(device)
     optimizer = make_optimizer(model, args, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # small float16 gradients would be zero
-    torch.manual_seed(args.seed)
-    # step: done so far; best: lowest validation loss; logged: the step of the log's last line
-    step, best, seconds, logged = 0, math.inf, 0.0, -1
-
-    out_dir = Path(args.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    log_file = out_dir / "log.jsonl"
-    log = []
+    torch.manual_seed(args.seed + rank)                   # again: dropout must not depend on what an encoding drew
+    progress = Progress()
     if checkpoint:
-        if checkpoint["dataset"]["sha256"] != meta["sha256"]:
-            raise ValueError(f"{args.dataset} is not the text that {out_dir} was trained on: its sha256 is another one")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
-        step, best, seconds, logged = (checkpoint[key] for key in ("iter", "best_val_loss", "seconds", "logged"))
-        # later lines are of steps that the checkpoint does not hold and that are about to be done again
-        log = [line for line in log_file.read_text().splitlines() if json.loads(line)["iter"] <= logged]
-    log_file.write_text("".join(line + "\n" for line in log))
-    describe(model, args, meta, ids, device, dtype)
-    if checkpoint:
-        print(f"resuming  after step {step:,}")
+        progress = Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
     fast_model = torch.compile(model) if args.compile else model  # the same weights, under the same names in `model`
+    if n_processes > 1:
+        fast_model = DistributedDataParallel(fast_model)
+
+    out_dir = Path(args.out_dir)
+    log_file = out_dir / "log.jsonl"
+    if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        cut_log(log_file, progress.logged)
+        describe(model, args, meta, ids, device, dtype)
+        if checkpoint:
+            print(f"resuming  after step {progress.iter:,}")
+
+    # Ctrl-C and SIGTERM ask for a stop; the step under way is finished first. A second one does not wait.
+    signals = []
+
+    def ask_to_stop(number, frame):
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    old_handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def keep(write, *arguments):
+        """Write to the disk. Where that fails, a run that is not at its end goes on: there may be room later."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if ending:
+                raise
+            tqdm.write(f"warning: {error}; training goes on")
 
     def save_run(name, **more):
-        save(out_dir / name, {"config": asdict(config), "model": model.state_dict(), "tokenizer": meta["tokenizer"],
-                              "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, "args": vars(args),
-                              "iter": step, **more})
+        keep(save, out_dir / name, {
+            "config": asdict(config), "model": model.state_dict(), "tokenizer": meta["tokenizer"], "args": vars(args),
+            "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, **asdict(progress), **more})
 
     def save_latest():
-        save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=get_rng_state(device),
-                 best_val_loss=best, seconds=seconds, logged=logged)
+        progress.seconds = time.time() - started
+        save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=get_rng_state(device))
 
-    # Ctrl-C and SIGTERM ask for a stop; the step under way is finished first.
-    stop = []
-    old_handlers = {number: signal.signal(number, lambda *_: stop.append(True))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+    def log(line):
+        with open(log_file, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     tokens_per_step = args.batch_size * args.gradient_accumulation_steps * args.block_size
-    started = time.time() - seconds
-    bar = tqdm(total=args.max_iters, initial=step, unit="step", dynamic_ncols=True)
+    turns = range(rank, args.gradient_accumulation_steps, n_processes)  # the forwards of a step that are ours
+    started = time.time() - progress.seconds
+    saved_step, saved_time = progress.iter, time.time()
     lr = train_loss = grad_norm = None                    # of the last step
-    shown = {}
+    stopping, shown = False, {}
+    bar = tqdm(total=args.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=rank > 0)
     model.train()
     while True:
-        if (step % args.eval_interval == 0 or step == args.max_iters) and step != logged:
-            val_loss = validation_loss(fast_model, ids["val"], args.batch_size, args.block_size, args.eval_iters,
-                                       device, autocast)
-            seconds, logged, shown["val"] = time.time() - started, step, f"{val_loss:.3f}"
-            line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(seconds, 2), "val_loss": val_loss}
+        step = progress.iter
+        ending = stopping or step >= args.max_iters
+        evaluating = (step % args.eval_interval == 0 or step == args.max_iters) and step != progress.logged
+        saving = evaluating or step > saved_step and (
+            ending or (args.save_interval and step % args.save_interval == 0)
+            or time.time() - saved_time > 60 * args.save_minutes)
+        if train_loss is not None and (step % 10 == 0 or saving):  # not at each step: reading a loss makes a GPU wait
+            check_health(train_loss.item(), grad_norm.item(), lr, step, saved_step, config, scaler, out_dir)
+            rate = (bar.format_dict["rate"] or 0) * tokens_per_step
+            bar.set_postfix(loss=f"{train_loss.item():.3f}", **shown, tokens_per_s=f"{rate:,.0f}", refresh=False)
+        if rank == 0 and evaluating:
+            val_loss = validation_loss(model, ids["val"], args.batch_size, args.block_size, args.eval_iters, device,
+                                       autocast)
+            line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(time.time() - started, 2),
+                    "val_loss": val_loss}
             if train_loss is not None:                    # before the first step there is none
                 line |= {"train_loss": train_loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
-            with open(log_file, "a") as file:
-                file.write(json.dumps(line) + "\n")
-            if val_loss < best:
-                best = val_loss
+            keep(log, line)
+            progress.logged, shown["val"] = step, f"{val_loss:.3f}"
+            if val_loss < progress.best_val_loss:
+                progress.best_val_loss = val_loss
                 save_run("best.pt", val_loss=val_loss)
+        if rank == 0 and args.keep_every and step % args.keep_every == 0:
+            save_run(f"ckpt_{step:06d}.pt")
+        if rank == 0 and saving:
             save_latest()
-        if stop or step >= args.max_iters:
+            saved_step, saved_time = step, time.time()
+        if ending:
             break
 
         lr = learning_rate_at(step, args)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        train_loss = 0.0
-        for i in range(args.gradient_accumulation_steps):
+        train_loss = torch.zeros((), device=device)
+        for i in turns:
             index = step * args.gradient_accumulation_steps + i
             x, y = training_batch(ids["train"], args.batch_size, args.block_size, args.seed, index, device)
+            fast_model.require_backward_grad_sync = i == turns[-1]  # several processes: once a step is enough
             with autocast:
-                loss = fast_model(x, y)[1] / args.gradient_accumulation_steps  # their sum: the mean of one large batch
+                loss = fast_model(x, y)[1] / len(turns)   # their sum: the mean over one large batch
             scaler.scale(loss).backward()
             train_loss += loss.detach()
         scaler.unscale_(optimizer)                        # before clipping, which is meant for the true gradient
@@ -302,22 +423,24 @@ def main(argv=None):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step += 1
-
+        progress.iter += 1
         bar.update()
-        if step % 10 == 0:                                # reading the loss makes a GPU wait, so not at each step
-            rate = (bar.format_dict["rate"] or 0) * tokens_per_step
-            bar.set_postfix(loss=f"{train_loss.item():.3f}", **shown, tokens_per_s=f"{rate:,.0f}", refresh=False)
+        stopping = bool(signals)
+        if n_processes > 1:                               # all stop at the same step, and report the mean loss
+            shared = torch.stack((train_loss, torch.tensor(float(stopping), device=device)))
+            distributed.all_reduce(shared)
+            train_loss, stopping = shared[0] / n_processes, shared[1].item() > 0
     bar.close()
     for number, handler in old_handlers.items():
         signal.signal(number, handler)
-
-    if step < args.max_iters:
-        seconds = time.time() - started
-        save_latest()
-        print(f"stopped after step {step:,}, all is kept; go on with: python train.py --resume --out_dir {out_dir}")
+    if rank > 0:
         return
-    print(f"lowest validation loss {best:.4f} nats a token; {seconds / 60:.1f} minutes; kept in {out_dir}")
+    if progress.iter < args.max_iters:
+        print(f"stopped after step {progress.iter:,}, all is kept; "
+              f"go on with: python train.py --resume --out_dir {out_dir}")
+        return
+    print(f"lowest validation loss {progress.best_val_loss:.4f} nats a token; {progress.seconds / 60:.1f} minutes; "
+          f"kept in {out_dir}")
     print(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")
     print(f"read what it writes:                  python sample.py --out_dir {out_dir}")
 

@@ -49,7 +49,8 @@ def main(argv=None):
 
     rows = math.ceil(len(args.runs) / 5)
     columns = math.ceil(len(args.runs) / rows)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.6 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(rows, columns, figsize=(2.6 * columns, 2.4 * rows), squeeze=False,
+                                   layout="constrained")
     for axis in axes.flat[len(args.runs):]:
         axis.axis("off")
     for axis, path in zip(axes.flat, args.runs):
