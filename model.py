@@ -584,7 +584,8 @@ def load_checkpoint(path):
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {path.parent}`")
+        run = path.parent if path.suffix == ".pt" else path
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {run}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "model_args" in checkpoint:                    # nanoGPT's: the same network with learned positions

@@ -280,7 +280,7 @@ def check_health(loss, grad_norm, lr, step, saved_step, config, scaler, out_dir)
 def main(argv=None):
     args, checkpoint = parse(argv)
     rank, n_processes, device = join_processes(cli.pick_device(args.device))
-    dtype = cli.pick_dtype(args.dtype, device)
+    dtype = cli.pick_dtype(args.dtype, device, training_width=args.n_embd)
     meta, ids = open_dataset(args.dataset)
     for name, part in ids.items():
         if len(part) <= args.block_size:
