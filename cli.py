@@ -1,6 +1,7 @@
 """What the scripts share: flags with @config files, errors of one line, the choice of device and of number format."""
 import argparse
 import difflib
+import math
 import os
 import shlex
 import sys
@@ -39,14 +40,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low=None, high=None):
-    """A `type=` for argparse: an int or a float inside [low, high]; anything else is refused with the range."""
+    """A `type=` for argparse: a finite int or float inside [low, high]; all else is refused with the range."""
     def parse(text):
         try:
             value = kind(text)
         except ValueError:
             value = None
-        # "not (a <= b)" instead of "a > b": so that nan, for which both are false, is refused too
-        if value is None or not (low is None or low <= value) or not (high is None or value <= high):
+        inside = value is not None and math.isfinite(value)
+        inside = inside and (low is None or low <= value) and (high is None or value <= high)
+        if not inside:
             words = {int: "a whole number", float: "a number"}[kind]
             bounds = " and ".join([f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None))
             raise argparse.ArgumentTypeError(f"{text!r} is not {words}{' of ' * bool(bounds)}{bounds}")

@@ -224,7 +224,7 @@ def make_parser():
     add("--json", help="write the results to this file")
     add("--plot", help="draw them into this file, as .png (needs matplotlib)")
     add("--batch_size", type=count, default=8, help="windows at a time: memory, not results")
-    add("--chunk", type=count, default=512, help="tokens of a window at a time: memory, not results")
+    add("--chunk", type=count, default=128, help="tokens of a window at a time: memory, not results")
     cli.add_scaling_arguments(parser, nargs="+")
     cli.add_device_arguments(parser)
     return parser

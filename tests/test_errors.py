@@ -22,6 +22,7 @@ MISTAKES = [
     (train, ["--max_iters", "many"], 2, "whole number"),
     (train, ["--max_iters", "0"], 2, "at least 1"),
     (train, ["--learning_rate", "nan"], 2, "number"),
+    (train, ["--rope_base", "inf"], 2, "number"),
     (train, ["--dropout", "1.5"], 2, "at most"),
     (train, ["@{tmp}/none"], 2, "none"),
     (train, ["--dataset", "{tmp}/none"], 2, "data.prepare"),
