@@ -119,13 +119,13 @@ def train_bpe(texts, n_tokens):
             counts[pair] += weights[i]
             places[pair].add(i)
 
-    # A heap hands out the most frequent pair. What is in it cannot be changed, so an entry whose count has fallen
-    # since is put back with the count of today when it comes up. Counts that rise are entered at once.
+    # A heap hands out the most frequent pair. What lies in it cannot be changed, but a count only falls once it is made
+    # (a new pair, one with the new token in it, enters when it has been counted): an old entry is put back as of today.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     tokens = [bytes([byte]) for byte in range(256)]
-    ids = {token: i for i, token in enumerate(tokens)}
-    bar = tqdm(total=n_tokens, initial=len(tokens), unit="token", desc="learning merges", leave=False)
+    bar = tqdm(total=n_tokens, initial=len(tokens), unit="token", desc="learning merges", leave=False,
+               disable=None)                              # no bar where nobody looks, as in a log
     while heap and len(tokens) < n_tokens:
         count, pair = heapq.heappop(heap)
         if -count != counts[pair]:
@@ -133,24 +133,20 @@ def train_bpe(texts, n_tokens):
             continue
         if -count < 2:
             break
-        # Two ways to the same bytes, as aa+a and a+aa, are one token: tiktoken knows tokens by their bytes.
-        token = tokens[pair[0]] + tokens[pair[1]]
-        new = ids.setdefault(token, len(tokens))
-        if new == len(tokens):
-            tokens.append(token)
-            bar.update()
-        risen = set()
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        bar.update()
+        new_pairs = set()
         for i in places.pop(pair):
-            before, after = words[i], merge(words[i], pair, new)
-            words[i] = after
-            for old_pair in zip(before, before[1:]):
-                counts[old_pair] -= weights[i]
-            for new_pair in zip(after, after[1:]):
-                counts[new_pair] += weights[i]
-                if new in new_pair:
-                    places[new_pair].add(i)
-                    risen.add(new_pair)
-        for pair in risen:
+            before, words[i] = words[i], merge(words[i], pair, new)
+            for old in zip(before, before[1:]):
+                counts[old] -= weights[i]
+            for now in zip(words[i], words[i][1:]):
+                counts[now] += weights[i]
+                if new in now:
+                    places[now].add(i)
+                    new_pairs.add(now)
+        for pair in new_pairs:
             heapq.heappush(heap, (-counts[pair], pair))
     bar.close()
     return tokens

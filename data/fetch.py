@@ -55,7 +55,7 @@ def over_http(file, path):
         request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
             size = answer.headers["Content-Length"] and int(answer.headers["Content-Length"])
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
                 while block := answer.read(2**16):
                     out.write(block)
                     bar.update(len(block))
