@@ -104,10 +104,10 @@ def train_bpe(texts, n_tokens):
     """Learn byte-pair merges from texts -> the tokens as bytes, by id; 256 bytes first, fewer than n_tokens
     where no pair occurs twice any more.
 
-    Two ideas make it fast. A text has far fewer different pieces than pieces ("the" is counted once, with weight
-    93,000). And a merge only touches the words that hold its pair, so the counts of all pairs are kept up to date
-    instead of made anew. It is deterministic: of two pairs as frequent as each other, the one with the smaller ids
-    wins.
+    Two ideas make it fast. A text has far fewer different pieces than pieces: 12 MB of speeches have 35,495 of 2.3
+    million, and " the", which occurs 154,423 times, is counted once with that weight. And a merge only touches the
+    pieces that hold its pair, so the counts of all pairs are kept up to date instead of made anew. It is
+    deterministic: of two pairs as frequent as each other, the one with the smaller ids wins.
     """
     pieces = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
     words = [list(piece.encode()) for piece in pieces]                # each different piece, as ids

@@ -54,7 +54,7 @@ def over_http(file, path):
     try:
         request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
-            size = answer.headers["Content-Length"] and int(answer.headers["Content-Length"])
+            size = answer.length                          # None where the server does not say
             with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
                 while block := answer.read(2**16):
                     out.write(block)

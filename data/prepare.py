@@ -58,7 +58,7 @@ def read_pysrc():
 
 
 def read_sotu(path):
-    """The State of the Union addresses, those of one year together: some years have two, on the same matters."""
+    """The State of the Union addresses, those of one year together, as they treat the same matters."""
     speeches = archive_files(path, "sotu/data/speeches/*.txt")            # .../1790-Washington-1.txt
     for _, group in itertools.groupby(speeches, key=lambda speech: Path(speech[0]).name[:4]):
         yield tuple(to_text(raw, name) for name, raw in group)
