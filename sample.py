@@ -49,9 +49,14 @@ def main(argv=None):
     for _ in range(args.num_samples):
         print(start, end="", flush=True)
         with cli.autocast(device, cli.pick_dtype(args.dtype, device)):
+            waiting = []                                  # a character may take several byte-pair tokens, up to four
             for token in model.stream(idx, args.max_new_tokens, args.temperature, args.top_k):
-                print(tokenizer.decode(token[0].tolist()), end="", flush=True)
-        print("\n" + "-" * 80)
+                waiting += token[0].tolist()
+                text = tokenizer.decode(waiting)
+                if not text.endswith("\ufffd") or len(waiting) == 4:
+                    print(text, end="", flush=True)
+                    waiting = []
+        print(tokenizer.decode(waiting) + "\n" + "-" * 80)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,13 @@ MISTAKES = [
     (data.prepare, ["--source", "{tmp}/latin1.txt"], 2, "iconv"),
     (data.prepare, ["--source", "{tmp}/short.txt", "--out_dir", "{tmp}"], 2, "no data set"),
     (data.prepare, ["--tokenizer", "words"], 2, "char"),
+    (data.prepare, ["--source", "{tmp}/short.txt", "--out_dir", "{tmp}/set"], 2, "add more text"),
+    (data.prepare, ["--source", "{tmp}/utf16.txt"], 2, "iconv -f utf-16"),
+    (data.prepare, ["--source", "{tmp}/*.none"], 2, "pysrc"),
+    (data.prepare, ["--source", "{tmp}/nothing"], 2, "no text"),
+    (data.prepare, ["--vocab_size", "256"], 2, "at least 257"),
+    (data.prepare, ["--charset", "utf8"], 2, "auto"),
+    (data.prepare, ["--documents", "0"], 2, "at least 1"),
 ]
 
 
@@ -66,7 +73,9 @@ def test_a_mistake_gets_one_line_and_an_exit_code(script, arguments, code, words
                                                   finished_run, dataset, tmp_path, fails):
     (tmp_path / "short.txt").write_text("too short")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "nothing").mkdir()
     (tmp_path / "binary").write_bytes(b"ab\0cd")
+    (tmp_path / "utf16.txt").write_text("text of Windows", encoding="utf-16")
     (tmp_path / "latin1.txt").write_bytes("café".encode("latin1"))
     (tmp_path / "torn").write_bytes(Path(finished_run, "ckpt.pt").read_bytes()[:1000])
     before = {path: path.read_bytes() for path in [*Path(finished_run).iterdir(), *tmp_path.rglob("*.*")]}

