@@ -185,15 +185,17 @@ def import_pyplot():
 def plot(runs, path):
     """Perplexity by position, all runs in one picture; dashed: the same tokens with at most L of context."""
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for i, run in enumerate(runs):
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    last_known = [[b["nll"] for b in run["buckets"] if b["nll"] is not None][-1] for run in runs]
+    for _, run in sorted(zip(last_known, runs), key=lambda pair: -pair[0]):  # legend in the order of the ends
+        i = runs.index(run)                               # but a run keeps its colour
         buckets = [b for b in run["buckets"] if b["nll"] is not None]
         at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in buckets]           # middle, on a log axis
         low, high = ([math.exp(b["nll"] + sign * (b["stderr"] or 0)) for b in buckets] for sign in (-1, 1))
         style = {"color": f"C{i % 10}", "marker": "osD^vPX*<>"[i % 10]}
         axes.plot(at, [b["ppl"] for b in buckets], label=run["name"], markersize=5, **style)
-        axes.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
-        axes.plot(at, [b["ppl_local"] for b in buckets], color=style["color"], linestyle="--", linewidth=1)
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.plot(at, [b["ppl_local"] for b in buckets], color=style["color"], linestyle="--", linewidth=0.8, alpha=0.6)
     edges = [b["end"] for b in runs[0]["buckets"]]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -205,7 +207,7 @@ def plot(runs, path):
                   va="top", color="gray")
     axes.set_xlabel("position in the text (tokens)")
     axes.set_ylabel("perplexity (lower is better)")
-    axes.legend(title="dashed: at most L of context")
+    figure.legend(loc="outside right center", title="dashed: at most\nL of context")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
