@@ -67,14 +67,12 @@ def seconds(call, device):
     return time.perf_counter() - start
 
 
-def in_turns(calls, repeats, device):
-    """{name: call} -> {name: (median seconds, median ratio to the first)}, after a round that does not count."""
-    rounds = []
-    for _ in range(repeats + 1):
-        rounds.append({name: seconds(call, device) for name, call in calls.items()})
+def in_turns(calls, repeats, device, warm_up=1):
+    """{name: call} -> {name: (median seconds, median ratio to the first)}; warm-up rounds do not count."""
+    rounds = [{name: seconds(call, device) for name, call in calls.items()} for _ in range(warm_up + repeats)][warm_up:]
     first = next(iter(calls))
-    return {name: (statistics.median(r[name] for r in rounds[1:]),
-                   statistics.median(r[name] / r[first] for r in rounds[1:])) for name in calls}
+    return {name: (statistics.median(r[name] for r in rounds), statistics.median(r[name] / r[first] for r in rounds))
+            for name in calls}
 
 
 def report(title, results):
@@ -144,7 +142,7 @@ def bench_generate(args, config, device):
     results = {}
     for n in (100, 1000):
         calls = {"cached": partial(model.generate, prompt, n, top_k=1), "uncached": partial(uncached, n)}
-        timed = in_turns(calls, 1 if n > 100 else args.repeats, device)
+        timed = in_turns(calls, 1, device, warm_up=0) if n > 100 else in_turns(calls, args.repeats, device)
         results[n] = report(f"{n:,} new tokens, hope: time, and ratio to cached", timed)
 
     results["by position"] = {}
