@@ -22,7 +22,7 @@ import torch
 
 import cli
 from eval_extrapolation import choose_text, document_windows, import_pyplot
-from experiments.output import add_output_arguments, check_outputs, write_json
+from experiments.output import add_output_arguments, check_outputs, run_names, save_picture, write_json
 from model import GPT, load_checkpoint, rope_frequencies, rotate
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -79,12 +79,12 @@ def logits_of(q, k, bias):
 
 
 def position_bins(block_size, length):
-    """First tokens of bins for distances and positions: one token wide where they are small, then 16 an octave.
+    """First tokens of bins for distances and positions: one token wide where they are small, then 8 an octave.
 
     L is always the start of a bin, so that no bin mixes what was seen in training with what was not.
     """
-    octaves = range(-16 * math.ceil(math.log2(block_size)), 16 * math.ceil(math.log2(length / block_size)) + 1)
-    return [0, *sorted(start for start in {round(block_size * 2 ** (n / 16)) for n in octaves} if 0 < start < length)]
+    octaves = range(-8 * math.ceil(math.log2(block_size)), 8 * math.ceil(math.log2(length / block_size)) + 1)
+    return [0, *sorted(start for start in {round(block_size * 2 ** (n / 8)) for n in octaves} if 0 < start < length)]
 
 
 def binned_mean(values, index, n_bins):
@@ -217,7 +217,7 @@ def print_summary(run):
     groups = query_groups(L, length)
     print(f"\n{run['name']}: {run['pe']} after {run['iter']:,} steps, L = {L}; of a head's "
           f"{len(run['wavelength'])} pairs {run['n_turning']} turn")
-    print("queries at          layer  entropy (log-n)   ln n  on first 4 keys  on nearest 16  pairs by share of variance")
+    print("queries at         layer  entropy (log-n)  ln n    on first 4 keys  on nearest 16   largest pairs by share")
     for group, (start, end) in groups.items():
         ln_n = torch.log(torch.arange(start, end) + 1.0).mean()
         weight = run[f"{group}/weight_by_key"]["layers"], run[f"{group}/weight_by_distance"]["layers"]
@@ -264,10 +264,9 @@ def plot_distance(runs, path):
         for (name, (label, what)), panel in zip(COLUMNS.items(), row):
             for group, style in zip(query_groups(run["block_size"], run["length"]), "- --".split()):
                 found, x = run[f"{group}/{name}"], middles(run)
-                for i, layer in enumerate(found["layers"]):
+                for i, layer in enumerate(found["layers"] if group == "inside" else ()):
                     color = pyplot.cm.viridis(i / max(1, len(found["layers"]) - 1))
-                    panel.plot(x, layer, style, color=color, linewidth=0.7,
-                               label=f"layer {i + 1}" if group == "inside" else None)
+                    panel.plot(x, layer, color=color, linewidth=0.8, label=f"layer {i + 1}, inside L")
                 mean, stderr = torch.tensor(found["mean"]), torch.tensor(found["stderr"])
                 panel.plot(x, mean, style, color="black", linewidth=1.6, label=f"mean, {group} L")
                 panel.fill_between(x, mean - stderr, mean + stderr, color="black", alpha=0.2, linewidth=0)
@@ -278,52 +277,53 @@ def plot_distance(runs, path):
                 panel.set_yscale("log")
                 panel.set_ylim(bottom=1e-4)
     axes[0, 0].legend(fontsize=6)
-    save(pyplot, figure, path)
+    save_picture(figure, path)
 
 
-def heat_map(figure, panel, run, values, label, **limits):
-    """Layers by pairs (layers, P); the axis says how many tokens a turn takes, the line where that is L."""
-    values = torch.tensor(values)
-    image = panel.imshow(values, aspect="auto", cmap="viridis", **limits)
-    n_pairs, n_cut = len(run["wavelength"]), sum(tokens <= run["block_size"] for tokens in run["wavelength"])
-    shown = range(0, n_pairs, max(1, n_pairs // 8))
-    panel.set_xticks(shown, [f"{run['wavelength'][j]:.3g}" if j < run["n_turning"] else "still" for j in shown],
-                     rotation=90, fontsize=7)
-    panel.set_yticks(range(len(values)), range(1, len(values) + 1))
-    panel.axvline(n_cut - 0.5, color="red", linewidth=1)
-    panel.set_xlabel("tokens a turn; red: 2 pi / theta = L", fontsize=8)
-    panel.set_ylabel("layer")
-    panel.set_title(f"{run['name']}: {label}", fontsize=9)
-    figure.colorbar(image, ax=panel)
+def heat_maps(figure, runs, panels, name, title):
+    """One picture of layers by pairs (layers, P) a run, in the same colours.
+
+    The axis says how many tokens a turn takes; the red line is HoPE's cut: to its right it takes more than L.
+    """
+    drawn = [(run, panel) for run, panel in zip(runs, panels) if name in run]
+    highest = max((torch.tensor(run[name]["layers"]).max().item() for run, _ in drawn), default=0)
+    for run, panel in drawn:
+        image = panel.imshow(run[name]["layers"], aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        n_pairs, n_cut = len(run["wavelength"]), sum(tokens <= run["block_size"] for tokens in run["wavelength"])
+        shown = range(0, n_pairs, max(1, n_pairs // 8))
+        panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" if j < run["n_turning"] else "still" for j in shown],
+                         rotation=90, fontsize=7)
+        panel.set_yticks(range(len(run[name]["layers"])), range(1, len(run[name]["layers"]) + 1))
+        panel.axvline(n_cut - 0.5, color="red", linewidth=1)
+        panel.set_xlabel("tokens a turn of the pair", fontsize=8)
+        panel.set_ylabel("layer")
+        panel.set_title(f"{run['name']}: {title}", fontsize=9)
+        figure.colorbar(image, ax=panel)
 
 
 def plot_components(runs, path):
     """S_j by distance in the first layer, and by layer and pair: share, swing inside L, what lies outside past L."""
-    pyplot, figure, axes = grid(runs, 4, 3.7, 3.0)
-    for run, row in zip(runs, axes):
+    pyplot, figure, axes = grid(runs, 4, 3.7, 2.9)
+    for run, panel in zip(runs, axes[:, 0]):
         group = list(query_groups(run["block_size"], run["length"]))[-1]
         curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"][0])                 # (P, bins)
         curves = curves - curves[:, torch.tensor(run["starts"]) < run["block_size"]].mean(-1, keepdim=True)
         for j, curve in enumerate(curves):
-            row[0].plot(middles(run), curve, color=pyplot.cm.plasma(0.9 * j / max(1, len(curves) - 1)), linewidth=0.9)
-        token_axis(row[0], run, "distance to the key (tokens)")
-        row[0].set_title(f"{run['name']}: S_j in layer 1, less its mean inside L", fontsize=9)
-        row[0].set_ylabel("logit; dark: fast pairs")
-        heat_map(figure, row[1], run, run["inside/pair_share"]["layers"], "share of variance, inside L")
-        heat_map(figure, row[2], run, run["inside/pair_swing"]["layers"], "std. of S_j(distance), inside L")
-        if group == "beyond":
-            heat_map(figure, row[3], run, run["beyond/pair_swing"]["layers"], "excursion of S_j past L")
-        else:
-            row[3].axis("off")
-    save(pyplot, figure, path)
+            panel.plot(middles(run), curve, color=pyplot.cm.plasma(0.9 * j / max(1, len(curves) - 1)), linewidth=0.9)
+        token_axis(panel, run, "distance to the key (tokens)")
+        panel.set_title(f"{run['name']}: S_j, layer 1, less its mean inside L", fontsize=9)
+        panel.set_ylabel("logit; dark: fast pairs")
+    heat_maps(figure, runs, axes[:, 1], "inside/pair_share", "share of variance, inside L")
+    heat_maps(figure, runs, axes[:, 2], "inside/pair_swing", "std. of S_j(distance), inside L")
+    heat_maps(figure, runs, axes[:, 3], "beyond/pair_swing", "excursion of S_j past L")
+    save_picture(figure, path)
 
 
 def plot_frequency(runs, path):
-    pyplot, figure, axes = grid(runs, 3, 3.9, 2.6)
-    for run, row in zip(runs, axes):
-        for name, panel in zip("qkv", row):
-            heat_map(figure, panel, run, run[f"norm/{name}"]["layers"], f"mean 2-norm of {name}", vmin=0)
-    save(pyplot, figure, path)
+    pyplot, figure, axes = grid(runs, 3, 3.9, 2.5)
+    for name, panels in zip("qkv", axes.T):
+        heat_maps(figure, runs, panels, f"norm/{name}", f"mean 2-norm of {name}")
+    save_picture(figure, path)
 
 
 def plot_entropy(runs, path):
@@ -343,27 +343,13 @@ def plot_entropy(runs, path):
         panel.set_ylabel("entropy of attention (nats)")
         panel.set_title(run["name"], fontsize=10)
     axes[0, 0].legend(fontsize=7)
-    save(pyplot, figure, path)
-
-
-def save(pyplot, figure, path):
-    figure.savefig(path, dpi=100)
-    pyplot.close(figure)
+    save_picture(figure, path)
 
 
 PICTURES = {"distance": plot_distance, "components": plot_components, "frequency": plot_frequency,
             "entropy": plot_entropy}
 
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def run_names(paths):
-    """The shortest ends of the paths that tell them apart, without .pt: out/rope, or out/rope/ckpt_000100."""
-    for n in range(1, 10):
-        names = [str(Path(*Path(path).with_suffix("").parts[-n:])) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
 
 
 def main(argv=None):
