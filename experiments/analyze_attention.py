@@ -103,7 +103,7 @@ def measure_layer(q, k, v, bias, block_size, starts):
     """All statistics of one layer in one window: name -> tensor. Means are over heads and queries.
 
     entropy       of attention in nats, by position of the query (bins,)
-    norm/q, k, v  2-norm of each pair, mean over tokens and heads (P,): the figure of arXiv 2410.06205, sec. 4
+    norm/q, k, v  2-norm of each pair, mean over tokens and heads (P,): a figure of arXiv 2410.06205
     and for each group of queries
     weight_by_distance, weight_by_key, logit_by_distance, logit_by_key (bins,)
     pair_by_distance   S_j (P, bins)
