@@ -191,6 +191,7 @@ def analyze(checkpoint, windows, device, autocast):
     for group in query_groups(L, length):
         curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"])                    # (layers, P, bins)
         run[f"{group}/pair_swing"] = {"layers": pair_swing(curves, starts, L, group == "beyond").tolist()}
+        run[f"{group}/pair_by_distance"] = {"first_layer": curves[0].tolist()}  # all of them would be most of the file
     theta = rope_frequencies(config["n_embd"] // config["n_head"], base=config["rope_base"])
     rotary = model.transformer.wpe.rotary(torch.zeros(1, device=device))
     return {"pe": config["pe"], "block_size": L, "length": length, "iter": checkpoint["iter"],
@@ -306,7 +307,7 @@ def plot_components(runs, path):
     pyplot, figure, axes = grid(runs, 4, 3.7, 2.9)
     for run, panel in zip(runs, axes[:, 0]):
         group = list(query_groups(run["block_size"], run["length"]))[-1]
-        curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"][0])                 # (P, bins)
+        curves = torch.tensor(run[f"{group}/pair_by_distance"]["first_layer"])                # (P, bins)
         curves = curves - curves[:, torch.tensor(run["starts"]) < run["block_size"]].mean(-1, keepdim=True)
         for j, curve in enumerate(curves):
             panel.plot(middles(run), curve, color=pyplot.cm.plasma(0.9 * j / max(1, len(curves) - 1)), linewidth=0.9)

@@ -5,18 +5,18 @@ that looks at nothing but the last few tokens keeps it flat.
     python -m experiments.recall --json recall.json --plot recall.png     train small models on two tasks and test them
     python -m experiments.recall out/rope out/hope --json recall_text.json --plot recall_text.png
 
-The tasks, of n tokens each, where filler makes up the length (^ start, . filler, | separator; letters and digits for
-32 symbols each, all drawn anew for each sequence):
+The tasks, of n tokens each, where filler makes up the length (^ start, . filler, | separator; letters are
+drawn anew for each sequence, out of 32 and without repetition):
 
     copy       ^ c a f b . . . . . . . . . | c a f b        the same again; answers underlined below
                                              = = = =
-    binding    ^ a 4 c 1 f 7 . . . . . . . | c 1            the digit bound to one of the letters
+    binding    ^ c a f b e d . . . . . . . | f b            the second letter of one of the pairs c a, f b, e d
                                                =
-    decoy      ^ a 4 c 1 f 7 . . . . . b 2 | c 1            the same, and another binding stands nearer
+    decoy      ^ c a f b e d . . . . . h g | f b            the same, and another pair stands nearer
 
 One model of each encoding learns copy and binding at once, half of each batch, from sequences of even length up to L;
-decoys are only tested. Tests have odd lengths up to 16 L, and the same 4 to 8 symbols or 3 to 6 bindings at any
-length: what grows is the way back to them. In training all bindings are asked for, in the tests one.
+decoys are only tested. Tests have odd lengths up to 16 L, and the same 4 to 8 letters or 3 to 6 pairs at any length:
+what grows is the way back to them. In training all pairs are asked for, in random order; in the tests one is.
 
 With runs' folders as arguments it asks language models instead: a passage of held-out text, other text, the passage
 again. How much better is it predicted than the same passage at the same place, read there for the first time?
@@ -40,10 +40,10 @@ from train import learning_rate_at, make_optimizer
 # Tasks: size, length, generator -> tokens (B, length) and targets (B, length), -1 where no answer is asked for
 
 
-LETTERS = DIGITS = 32                                     # letters are 0 ... 31, digits 32 ... 63
-FILLER, SEPARATOR, START = range(LETTERS + DIGITS, LETTERS + DIGITS + 3)
+LETTERS = 32
+FILLER, SEPARATOR, START = range(LETTERS, LETTERS + 3)
 VOCAB_SIZE = START + 1
-COPIED, BOUND = range(4, 9), range(3, 7)                  # how many symbols are copied, how many bindings there are
+COPIED, BOUND = range(4, 9), range(3, 7)                  # how many letters are copied, how many pairs there are
 SHORTEST = 2 + 4 * max(BOUND)                             # the shortest sequence with room for every task
 
 
@@ -66,28 +66,26 @@ def with_targets(tokens, answers):
 def copy_task(size, length, generator):
     """-> tokens and targets; the answers are the last 4 to 8."""
     count = choose(COPIED, generator)
-    symbols = distinct(size, count, generator)
+    letters = distinct(size, count, generator)
     tokens = torch.full((size, length + 1), FILLER)
     tokens[:, 0], tokens[:, length - count] = START, SEPARATOR
-    tokens[:, 1:count + 1] = tokens[:, length - count + 1:] = symbols
+    tokens[:, 1:count + 1] = tokens[:, length - count + 1:] = letters
     return with_targets(tokens, range(length - count + 1, length + 1))
 
 
 def binding_task(size, length, generator, n_asked=None, decoy=False):
-    """-> tokens and targets; n_asked of the bindings (all, if not given) are asked for at the end, in random order."""
+    """-> tokens and targets; n_asked of the pairs (all, if not given) are asked for at the end, in random order."""
     count = choose(BOUND, generator)
-    keys = distinct(size, count + 1, generator)           # one more, for the decoy
-    values = LETTERS + torch.randint(DIGITS, keys.shape, generator=generator)
-    bindings = torch.stack((keys, values), dim=-1)                                           # (B, count + 1, 2)
+    pairs = distinct(size, 2 * count + 2, generator).view(size, count + 1, 2)  # one more, for the decoy
     order = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :n_asked]
-    asked = bindings[torch.arange(size)[:, None], order].flatten(1)                          # (B, 2 n_asked)
+    asked = pairs[torch.arange(size)[:, None], order].flatten(1)                          # (B, 2 n_asked)
     tokens = torch.full((size, length + 1), FILLER)
     first = length + 1 - asked.size(1)                    # place of the first question
     tokens[:, 0], tokens[:, first - 1] = START, SEPARATOR
-    tokens[:, 1:2 * count + 1] = bindings[:, :count].flatten(1)
+    tokens[:, 1:2 * count + 1] = pairs[:, :count].flatten(1)
     tokens[:, first:] = asked
     if decoy:
-        tokens[:, first - 3:first - 1] = bindings[:, count]
+        tokens[:, first - 3:first - 1] = pairs[:, count]
     return with_targets(tokens, range(first + 1, length + 1, 2))
 
 
@@ -95,8 +93,8 @@ def mean_over(options, probability):
     return sum(map(probability, options)) / len(options)
 
 
-# Name -> the task as it is tested; what a guesser gets who knows which answers stand in the text but not where: for
-# copy the symbols that have not come yet, else the digits. A blind one gets 1 / 32 of the answers.
+# Name -> the task as it is tested; what a guesser gets who knows which answers the text holds but not where: for copy
+# the letters that have not come yet, else the second letters of all pairs. A blind one gets 1 / 32.
 TASKS = {
     "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
     "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
@@ -146,7 +144,7 @@ def mean_and_stderr(values):
 def test(model, task, start, end, n_batches, seed, device):
     """Accuracy at odd lengths in (start, end] -> {"accuracy", "exact", "decoy" and their standard errors}.
 
-    exact: share of sequences without a mistake. decoy: share of answers that are the last digit before the separator.
+    exact: share of sequences without a mistake. decoy: share of answers that are the last letter before the separator.
     Sequences of a batch have the same length, so batches are what the error is taken over.
     """
     lengths = range(max(start, SHORTEST) | 1, end + 1, 2)
@@ -356,7 +354,7 @@ def make_parser():
     add("--n_layer", type=count, default=2, help="blocks: one to find the token before, one to look for it")
     add("--n_head", type=count, default=4, help="attention heads a block")
     add("--n_embd", type=count, default=64, help="channels")
-    add("--max_iters", type=count, default=2500, help="steps, the same for every encoding")
+    add("--max_iters", type=count, default=2000, help="steps, the same for every encoding")
     add("--batch_size", type=cli.number(int, 2), default=32, help="sequences a step, half of each task")
     add("--learning_rate", type=amount, default=3e-3, help="the highest, after warm-up")
     add("--jobs", type=count, default=1, help="encodings trained at a time, each in a process with one thread")
