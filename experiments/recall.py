@@ -100,6 +100,7 @@ TASKS = {
     "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
     "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
 }
+LEARNED = 0.95                                            # accuracy inside L from which on longer lengths say something
 EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
 
 
@@ -272,13 +273,15 @@ def cells(buckets, key):
 def print_tasks(runs, edges):
     columns = [f"({start:,}, {end:,}]" for start, end in zip(edges, edges[1:])]
     for name, (_, chance) in TASKS.items():
+        rows = {run["name"] + " *" * (run["tasks"][name][0]["accuracy"] < LEARNED):
+                cells(run["tasks"][name], "accuracy") for run in runs}
         print_table(f"{name}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}, best guess that "
-                    f"ignores order {chance:.3f}", columns, {run["name"]: cells(run["tasks"][name], "accuracy")
-                                                             for run in runs})
+                    f"ignores order {chance:.3f}", columns, rows)
     print_table(f"copy: share of sequences without a mistake; best guess that ignores order {EXACT_CHANCE:.3f}",
                 columns, {run["name"]: cells(run["tasks"]["copy"], "exact") for run in runs})
     print_table("decoy: share of answers that are the decoy's", columns,
                 {run["name"]: cells(run["tasks"]["decoy"], "decoy") for run in runs})
+    print(f"*: below {LEARNED} inside L: not learned in these steps, so that what happens past L says little")
 
 
 def print_text(runs, distances, chance):
@@ -309,20 +312,20 @@ def plot_tasks(runs, edges, path):
     pyplot = import_pyplot()
     panels = {**{f"{name}: accuracy": (name, "accuracy", (1 / LETTERS, chance)) for name, (_, chance) in TASKS.items()},
               "decoy: share of answers that are the decoy's": ("decoy", "decoy", ())}
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for panel, (title, (name, key, chances)) in zip(axes.flat, panels.items()):
         plot_lines(panel, edges[1:], runs, {run["name"]: cells(run["tasks"][name], key) for run in runs}, chances)
         panel.axvline(edges[1], color="gray", linestyle=":")
         panel.set_ylim(-0.03, 1.03)
         panel.set_title(title)
         panel.set_xlabel("longest sequences of the bucket (tokens); dotted: L, dashed: guessing")
-    axes[0, 0].legend(ncols=2, fontsize=8)
+    axes[0, 1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_picture(figure, path)
 
 
 def plot_text(runs, distances, chance, path):
     pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.3), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.3), layout="constrained")
     for panel, key, chances, title in (
             (axes[0], "second_accuracy", (chance,), "accuracy on the second reading of a passage"),
             (axes[1], "gain", (0,), "loss saved by having read it before (nats a token)")):
@@ -330,7 +333,7 @@ def plot_text(runs, distances, chance, path):
         panel.axvline(runs[0]["block_size"], color="gray", linestyle=":")
         panel.set_title(title)
         panel.set_xlabel("distance between the readings (tokens); dotted: L")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_picture(figure, path)
 
 
