@@ -307,8 +307,9 @@ def main(argv=None):
         print("pi, ntk, yarn: each column is a pass of its own, with frequencies for texts as long as its end")
 
     if args.json:
+        result = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "runs": runs}
         temporary = Path(args.json + ".tmp")
-        temporary.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "runs": runs}, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, args.json)
     if args.plot:
         plot(runs, args.plot)

@@ -1,8 +1,8 @@
 """
 A GPT whose positional encoding (PE) is a switch. One file, meant to be read from top to bottom.
 
-Attention by itself has no idea of order: shuffle the tokens behind the causal mask and the same keys give the
-same scores. A positional encoding adds order, and it can do so at three places. Each is a method of one class:
+Attention by itself has no idea of order: shuffle the tokens that a query sees and its output is the same. A
+positional encoding adds order, and it can do so at three places. Each is a method of one class:
 
     embed(x, pos)         once, to the token embeddings       learned, sinusoidal
     rotary(pos)           angles by which q and k are turned  rope, prope, hope
@@ -40,10 +40,10 @@ def rope_frequencies(head_dim, pe="rope", *, block_size=None, base=10000.0, prop
 
     scaling slows the turning pairs down so that factor times the trained context looks like the trained one:
 
-        pi       position interpolation: theta / factor (arXiv 2306.15595, eq. 3)
+        pi       position interpolation: theta / factor (arXiv 2306.15595, eq. 4)
         ntk      a larger base, base * factor^(d / (d - 2)): fastest pair kept, slowest divided by factor
-        yarn     a ramp over the pairs: those with over 32 turns in L kept, those with under 1 turn divided by
-                 factor (arXiv 2309.00071, sec. 3.2; its softmax temperature is in GPT.query_scale)
+        yarn     pairs with over 32 turns in L kept, those with under 1 turn divided by factor, a ramp between, over
+                 the pair's index as in the authors' code (arXiv 2309.00071; its temperature is in GPT.query_scale)
 
     Raises ValueError for an odd head_dim, an unknown name, or a missing block_size where the formula needs one.
     """
@@ -79,8 +79,9 @@ def rope_frequencies(head_dim, pe="rope", *, block_size=None, base=10000.0, prop
 def rotate(x, cos, sin):
     """Turn the first K pairs of each head; x (B, H, T, D), cos and sin (T, K). A pair is channels (j, j + D/2).
 
-    Queries and keys turned by position * theta have a dot product that depends on the difference of positions
-    alone. The pairs from K on pass through: their part of the logit is a plain dot product, blind to position.
+    RoFormer pairs neighbours (2j, 2j + 1); halves, as in Llama, are the same up to the order of the channels. Queries
+    and keys turned by position * theta have a dot product that depends on the difference of positions alone. The
+    pairs from K on pass through: their part of the logit is a plain dot product, blind to position.
     """
     K, half = cos.size(-1), x.size(-1) // 2
     a, b = x[..., :K], x[..., half:half + K]              # the two coordinates of each pair   (B, H, T, K)
@@ -141,7 +142,8 @@ class Sinusoidal(PositionalEncoding):
     """Sines and cosines added to the token embedding ("Attention is all you need", arXiv 1706.03762, sec. 3.5).
 
     sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_i = 10000^(-2i / C); no parameters, one
-    addition a forward. The factor sqrt(C) is the paper's (sec. 3.4): without it the sines drown the token.
+    addition a forward. The factor sqrt(C) is the paper's (sec. 3.4), whose tokens start at a standard deviation of 1;
+    ours start at 0.02 sqrt(C), smaller than the wave's 0.7, and have to grow.
     """
 
     def __init__(self, config):
@@ -165,9 +167,11 @@ class RoPE(PositionalEncoding):
     angles past L that they have not seen in training: there RoPE breaks.
     """
 
+    kind = "rope"                                         # which pairs turn: a name that rope_frequencies knows
+
     def __init__(self, config):
         super().__init__(config)
-        theta = rope_frequencies(config.n_embd // config.n_head, config.pe, block_size=config.block_size,
+        theta = rope_frequencies(config.n_embd // config.n_head, self.kind, block_size=config.block_size,
                                  base=config.rope_base, prope_fraction=config.prope_fraction,
                                  hope_cutoff=config.hope_cutoff, scaling=config.rope_scaling, factor=config.rope_factor)
         # A plain tensor, no buffer: model.to(torch.bfloat16) would round theta, and the angle's error grows with n.
@@ -184,18 +188,22 @@ class RoPE(PositionalEncoding):
 class PRoPE(RoPE):
     """p-RoPE (Round and Round We Go!, arXiv 2410.06205, sec. 6): only the fastest fraction p of the pairs turns.
 
-    theta_j as in RoPE for j < p * d / 2, else 0. The slow pairs become channels for what a token means, which no
+    theta_j as in RoPE for j < floor(p d / 2), else 0. The slow pairs become channels for what a token means, which no
     distance can blur. p = 1 is RoPE, p = 0 is NoPE. Cheaper than RoPE by the pairs left out. p does not look at
     the trained context: what is left may still hold pairs slower than L.
     """
 
+    kind = "prope"
+
 
 class HoPE(RoPE):
-    """High-frequency rotary encoding (HoPE, arXiv 2410.21216, sec. 4): the pairs slower than the context do not turn.
+    """High-frequency rotary encoding (HoPE, arXiv 2410.21216): the pairs slower than the context do not turn.
 
     theta_j as in RoPE where theta_j >= hope_cutoff * 2 pi / L, else 0. Every angle a turning pair can take, mod
     2 pi, has then been seen in training. Cheaper than RoPE by the pairs left out.
     """
+
+    kind = "hope"
 
 
 # The other family does not touch queries and keys and adds a number to each logit, by head and distance. One bias a
@@ -237,8 +245,8 @@ def t5_bucket(distance, num_buckets=32, max_distance=128):
     """
     half = num_buckets // 2
     distance = distance.clamp(min=0)
-    octaves = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)     # 0 at half, 1 at the end
-    far = half + (octaves * (num_buckets - half)).long()
+    fraction = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)    # 0 at half, 1 at the end
+    far = half + (fraction * (num_buckets - half)).long()                                    # half, ... on a log scale
     return torch.where(distance < half, distance, far.clamp(max=num_buckets - 1))
 
 
@@ -262,7 +270,7 @@ class T5(PositionalEncoding):
 
 
 class KERPLE(PositionalEncoding):
-    """KERPLE, the logarithmic kernel (arXiv 2205.09921, eq. 8): -r1 ln(1 + r2 distance), r1 and r2 learned per head.
+    """KERPLE with the logarithmic kernel (arXiv 2205.09921): -r1 ln(1 + r2 distance), r1 and r2 learned per head.
 
     2 H parameters (the authors give each layer its own), one logarithm per head, query and key. Between ALiBi and no
     decay: how far a head looks is learned.
@@ -351,14 +359,18 @@ class KVCache:
 
 
 class CausalSelfAttention(nn.Module):
+    """x (B, T, C) -> (B, T, C). Rotates if it gets a rotation, adds a bias if it gets one: no encoding has a branch.
+
+    rotary: cos and sin, (T, K) each; mask: what GPT.attention_mask gives; query_scale (T, 1); each may be None.
+    """
 
     def __init__(self, config):
         super().__init__()
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v of all heads at once
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)  # mixes what the heads found
+        self.resid_dropout = nn.Dropout(config.dropout)   # on what is added to the residual stream
         self.n_head = config.n_head
-        self.dropout = config.dropout
+        self.dropout = config.dropout                     # on the attention weights
 
     def forward(self, x, rotary=None, mask=None, query_scale=None, cache=None):
         B, T, C = x.size()
@@ -378,10 +390,11 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Each token by itself: x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)  # four times as wide, as in GPT-2
         self.gelu = nn.GELU()                             # the exact one, with erf
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
@@ -391,6 +404,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then the MLP, each added to the residual stream x (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -401,7 +415,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotary=None, mask=None, query_scale=None, cache=None):
         # pre-norm: the residual stream itself is never normalised, so gradients reach the first layer unhindered
-        x = x + self.attn(self.ln_1(x), rotary, mask, query_scale, cache)
+        x = x + self.attn(self.ln_1(x), rotary, mask, query_scale, cache)                    # (B, T, C)
         return x + self.mlp(self.ln_2(x))                                                    # (B, T, C)
 
 
@@ -412,12 +426,12 @@ class GPTConfig:
     block_size: int = 128            # L: tokens of context in training
     vocab_size: int = 256            # V: set by the tokenizer
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
-    dropout: float = 0.0
+    n_head: int = 4                  # H
+    n_embd: int = 128                # C
+    dropout: float = 0.0             # for small texts that are read many times
     bias: bool = True                # bias in linear layers and norms; GPT-2 has it, newer models leave it out
     pe: str = "hope"                 # a key of PE
-    rope_base: float = 10000.0       # slowest wavelength is about 2 pi * rope_base tokens
+    rope_base: float = 10000.0       # the slowest pair turns once in 2 pi rope_base^(1 - 2 / D) tokens
     prope_fraction: float = 0.75     # p-RoPE: fraction of the pairs that turns
     hope_cutoff: float = 1.0         # HoPE: turns in L tokens that a pair needs to be kept
     rope_scaling: str = "none"       # none, pi, ntk, yarn: for contexts longer than the trained one, at inference
@@ -440,6 +454,8 @@ class GPTConfig:
             raise ValueError(f"rope_base must be above 1, not {self.rope_base}")
         if not self.hope_cutoff >= 0:
             raise ValueError(f"hope_cutoff must not be negative, as {self.hope_cutoff} is")
+        if self.rope_scaling not in ("none", "pi", "ntk", "yarn"):
+            raise ValueError(f"rope_scaling is one of none, pi, ntk, yarn, not {self.rope_scaling!r}")
         if self.attn_scaling not in ("none", "logn"):
             raise ValueError(f"attn_scaling is none or logn, not {self.attn_scaling!r}")
         if self.rope_scaling != "none" and not issubclass(PE[self.pe], RoPE):
@@ -495,16 +511,20 @@ class GPT(nn.Module):
     def query_scale(self, pos):
         """Factors on the queries, hence on the logits, for contexts past the trained one: (T, 1), or None.
 
-        yarn: (0.1 ln factor + 1)^2, the softmax temperature of arXiv 2309.00071, eq. 22. The paper puts its root
-        on the turned q and k; here it acts on the pairs that do not turn as well.
-        logn: max(1, ln n / ln L) for the n-th token: attention over more keys stays as sharp (arXiv 2501.19399).
+        yarn: (0.1 ln factor + 1)^2, the softmax temperature of arXiv 2309.00071, eqs. 21 and 22. It is on the whole
+        logit; the authors' code puts its root on cos and sin, which is the same where all pairs turn.
+        logn: max(1, ln n / ln L) for the n-th token, so that attention over more keys stays as sharp (proposed by
+        J. Su; arXiv 2501.19399 has a learned relative). A bias is not multiplied, only what q and k have to say.
         """
-        config, scale = self.config, torch.ones(len(pos), 1, device=pos.device)
+        config = self.config
+        if config.rope_scaling != "yarn" and config.attn_scaling == "none":
+            return None
+        scale = torch.ones(len(pos), 1, device=pos.device)                                   # (T, 1)
         if config.rope_scaling == "yarn":
             scale = scale * (0.1 * math.log(config.rope_factor) + 1) ** 2
         if config.attn_scaling == "logn":
-            scale = scale * (torch.log(pos[:, None] + 1) / math.log(config.block_size)).clamp(min=1)
-        return None if config.rope_scaling != "yarn" and config.attn_scaling == "none" else scale
+            scale = scale * (torch.log(pos[:, None] + 1) / math.log(config.block_size)).clamp(min=1)  # 1 inside L
+        return scale
 
     def forward(self, idx, targets=None, cache=None):
         """Token ids idx (B, T) -> logits, loss.
@@ -525,11 +545,13 @@ class GPT(nn.Module):
 
         # All that depends on positions is computed here, once, and shared by the layers.
         x = self.transformer.drop(pe.embed(self.transformer.wte(idx), q_pos))                # (B, T, C)
-        rotary, mask, query_scale = pe.rotary(q_pos), self.attention_mask(q_pos, k_pos), self.query_scale(q_pos)
+        rotary = pe.rotary(q_pos)                                                            # (T, K) twice, or None
+        mask = self.attention_mask(q_pos, k_pos)                                             # (1, H, T, Tk), or None
+        query_scale = self.query_scale(q_pos)                                                # (T, 1), or None
         for block in self.transformer.h:
-            x = block(x, rotary, mask, query_scale, cache)
+            x = block(x, rotary, mask, query_scale, cache)                                   # (B, T, C)
         if cache is not None:
-            cache.length = end
+            cache.length = end                            # only now, when all layers have stored theirs
         x = self.transformer.ln_f(x)                                                         # (B, T, C)
 
         if targets is None:

@@ -80,8 +80,7 @@ def learning_rate_at(step, args):
     """Linear warm-up over warmup_iters steps, then half a cosine down to min_lr at lr_decay_iters."""
     if step < args.warmup_iters:
         return args.learning_rate * (step + 1) / (args.warmup_iters + 1)
-    last = args.lr_decay_iters or args.max_iters
-    progress = min(1.0, (step - args.warmup_iters) / max(1, last - args.warmup_iters))
+    progress = min(1.0, (step - args.warmup_iters) / max(1, args.lr_decay_iters - args.warmup_iters))
     return args.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.learning_rate - args.min_lr)
 
 
@@ -202,7 +201,7 @@ def make_parser():
     add("--learning_rate", type=amount, default=2e-3, help="the highest, after warm-up")
     add("--min_lr", type=amount, default=2e-4, help="the last")
     add("--warmup_iters", type=cli.number(int, 0), default=50, help="steps from 0 to learning_rate")
-    add("--lr_decay_iters", type=count, help="steps until min_lr; max_iters if not given")
+    add("--lr_decay_iters", type=count, help="steps until min_lr; the first max_iters if not given")
     add("--weight_decay", type=amount, default=0.1, help="AdamW's, on matrices")
     add("--beta1", type=share, default=0.9, help="AdamW's")
     add("--beta2", type=share, default=0.99, help="AdamW's")
@@ -233,6 +232,7 @@ def parse(argv):
     if not args.resume:
         if (out_dir / "ckpt.pt").exists():
             raise ValueError(f"{out_dir} holds a run: add --resume to go on with it, or name another --out_dir")
+        args.lr_decay_iters = args.lr_decay_iters or args.max_iters  # kept: a max_iters that grows does not move it
         return args, None
     checkpoint = load_checkpoint(out_dir / "ckpt.pt")
     parser.set_defaults(**checkpoint["args"])             # a flag that is not given now is as it was
@@ -345,6 +345,8 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
 
     old_handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    ending = False                                        # set below, for what is saved last
+
     def keep(write, *arguments):
         """Write to the disk. Where that fails, a run that is not at its end goes on: there may be room later."""
         try:
@@ -413,7 +415,8 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
         for i in turns:
             index = step * args.gradient_accumulation_steps + i
             x, y = training_batch(ids["train"], args.batch_size, args.block_size, args.seed, index, device)
-            fast_model.require_backward_grad_sync = i == turns[-1]  # several processes: once a step is enough
+            if n_processes > 1:
+                fast_model.require_backward_grad_sync = i == turns[-1]  # once a step is enough
             with autocast:
                 loss = fast_model(x, y)[1] / len(turns)   # their sum: the mean over one large batch
             scaler.scale(loss).backward()

@@ -15,7 +15,7 @@ import torch
 
 import cli
 from eval_extrapolation import import_pyplot
-from model import GPT, load_checkpoint, rotate
+from model import GPT, rotate
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def main(argv=None):
     for axis in axes.flat[len(args.runs):]:
         axis.axis("off")
     for axis, path in zip(axes.flat, args.runs):
-        model = GPT.from_checkpoint(load_checkpoint(path))
+        model = GPT.from_checkpoint(path)
         L = model.config.block_size
         kind, lines = logit_by_distance(model, args.max_factor * L)
         for line in lines:

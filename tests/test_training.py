@@ -140,7 +140,7 @@ def test_training_learns_and_the_log_has_a_line_per_evaluation(dataset, tmp_path
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_minimum():
     args = train.make_parser().parse_args(
-        ["--warmup_iters", "10", "--max_iters", "110", "--learning_rate", "1", "--min_lr", "0.1"])
+        ["--warmup_iters", "10", "--lr_decay_iters", "110", "--learning_rate", "1", "--min_lr", "0.1"])
     rates = [train.learning_rate_at(step, args) for step in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
 
