@@ -362,7 +362,7 @@ def make_parser():
     add("--learning_rate", type=amount, default=3e-3, help="the highest, after warm-up")
     add("--jobs", type=count, default=1, help="encodings trained at a time, each in a process with one thread")
     add("--batches", type=count, default=16, help="tests of 16 sequences, for each task and range of lengths")
-    parser.set_defaults(min_lr=3e-4, warmup_iters=50, lr_decay_iters=None, weight_decay=0.1, beta1=0.9, beta2=0.99)
+    parser.set_defaults(min_lr=3e-4, warmup_iters=50, weight_decay=0.1, beta1=0.9, beta2=0.99)
 
     add = parser.add_argument_group("language models (with OUT_DIR)").add_argument
     add("--dataset", help="folder whose validation text is read; the runs' own if not given")
@@ -375,6 +375,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
+    args.lr_decay_iters = args.max_iters
     check_outputs(args)
     device = cli.pick_device(args.device)
     if args.runs:
