@@ -15,10 +15,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# a finished training is not repeated: delete out/demo to start over, or change a flag and name another --out_dir
+# a finished training is not repeated, an interrupted one goes on: delete out/demo to start over
 out/demo/%/done: | $(VENV)/installed
-	rm -rf out/demo/$*
-	$(RUN) train.py @config/cpu_demo --pe $* --out_dir out/demo/$*
+	$(RUN) train.py @config/cpu_demo --pe $* --out_dir out/demo/$* $$(test -f out/demo/$*/ckpt.pt && echo --resume)
 	touch $@
 
 demo: out/demo/rope/done out/demo/hope/done

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+PICTURES = (".png", ".pdf", ".svg")                       # what --plot can write
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag with its default, where it has one that says something."""
@@ -33,6 +35,9 @@ class ArgumentParser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             self.error(f"unknown argument {unknown[0]!r}: {hint}--help lists all")
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"--{name} is empty: give it a value or leave it out")
         return args
 
     def error(self, message):
@@ -56,10 +61,21 @@ def number(kind, low=None, high=None):
     return parse
 
 
+def check_output(path, suffixes=None):
+    """Whether a file can be written at path, asked before the work is done. Raises ValueError where it can not."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path} to: make it first")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be written: name another")
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{path}: pictures can be written as {', '.join(suffixes)}")
+
+
 def run(main):
     """Call main() and turn a failure into one line on stderr and an exit code.
 
-    2: the command, or a file that it names, has to change (ValueError, FileNotFoundError).
+    2: the command, or a file that it names, has to change (ValueError, a file that is not there or no file).
     1: it was right and failed on the way (OSError, RuntimeError, a missing package). 130: Ctrl-C.
     Anything else is a defect of this project and keeps its traceback.
     """
@@ -71,7 +87,8 @@ def run(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
+        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError,
+                                         NotADirectoryError)) else 1)
 
 
 def add_device_arguments(parser):

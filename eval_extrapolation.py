@@ -221,7 +221,7 @@ def make_parser():
     add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders (best.pt is scored, if there is one) or checkpoints")
     add("--dataset", help="folder whose validation text is scored; the runs' own if not given")
     add("--text", help="score this text file instead: one document, say a book")
-    add("--max_factor", type=count, default=16, help="longest context, in multiples of block_size")
+    add("--max_factor", type=cli.number(int, 1, 2**16), default=16, help="longest context, in multiples of block_size")
     add("--windows", type=count, default=32, help="windows to average over")
     add("--json", help="write the results to this file")
     add("--plot", help="draw them into this file, as .png (needs matplotlib)")
@@ -254,9 +254,9 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.plot:
         import_pyplot()                                   # a missing package is better known before the work
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"there is no folder {Path(path).parent} to write {path} to: make it first")
+        cli.check_output(args.plot, cli.PICTURES)
+    if args.json:
+        cli.check_output(args.json)
     device = cli.pick_device(args.device)
     autocast = cli.autocast(device, cli.pick_dtype(args.dtype, device))
     checkpoints = [load_checkpoint(path) for path in args.runs]
@@ -288,6 +288,8 @@ def main(argv=None):
         for scaling in scalings(args, config["pe"]):
             with autocast:
                 losses = score_scaled(checkpoint, scaling, windows, edges, args, device)
+            if not losses[:, :config["block_size"]].isfinite().all():
+                raise ValueError(f"{name} predicts numbers that are none: its weights are damaged, or it diverged")
             first_losses = losses if first_losses is None else first_losses
             label = [name, *(scaling[key] for key in ("rope_scaling", "attn_scaling") if scaling[key] != "none")]
             runs.append({"name": " ".join(label), "pe": config["pe"], "block_size": config["block_size"], **scaling,

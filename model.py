@@ -592,7 +592,10 @@ class GPT(nn.Module):
         """
         checkpoint = path if isinstance(path, dict) else load_checkpoint(path)
         model = cls(GPTConfig(**{**checkpoint["config"], **overrides}))
-        model.load_state_dict(checkpoint["model"])
+        try:
+            model.load_state_dict(checkpoint["model"])
+        except RuntimeError as error:                     # a page of shapes
+            raise ValueError("the checkpoint's weights do not fit its configuration") from error
         return model.eval()
 
 

@@ -22,7 +22,7 @@ def main(argv=None):
     add("--max_new_tokens", type=count, default=500, help="tokens to write, past block_size too")
     add("--temperature", type=cli.number(float, 0.01), default=0.8, help="below 1: safer, above 1: wilder")
     add("--top_k", type=count, help="choose among the k likeliest tokens; 1: always the likeliest")
-    add("--seed", type=cli.number(int, 0), default=1, help="another seed, another text")
+    add("--seed", type=cli.number(int, 0, 2**32), default=1, help="another seed, another text")
     cli.add_scaling_arguments(parser)
     cli.add_device_arguments(parser)
     args = parser.parse_args(argv)
@@ -34,7 +34,7 @@ def main(argv=None):
     if start.startswith("FILE:"):
         start = read_text(Path(start.removeprefix("FILE:")))
     if not start:
-        raise ValueError("--start is empty: the model needs at least one token to go on from")
+        raise ValueError(f"{args.start} is empty: the model needs at least one token to go on from")
     if unknown := tokenizer.unknown_characters(start):
         print(f"note: the model has never seen {unknown!r} and reads U+FFFD in their place")
 

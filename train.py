@@ -15,6 +15,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -124,6 +125,20 @@ def save(path, checkpoint):
         raise OSError(f"{path} could not be written, the one before it is kept: {error}") from error
 
 
+def lock(path):
+    """Hold a file for this process alone while what is returned is open. Raises ValueError where another has it."""
+    file = open(path, "a")
+    try:
+        import fcntl  # not on Windows, where nobody stands guard
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training in {path.parent}: name another --out_dir") from error
+    return file
+
+
 def get_rng_state(device):
     """The state of dropout's random numbers. Batches need none: they are a function of the step."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
@@ -138,11 +153,11 @@ def set_rng_state(state, device):
 def cut_log(path, last_iter):
     """Drop the lines behind a step, which a resumed run does again, and a last line that a kill cut short."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             if json.loads(line)["iter"] <= last_iter:
                 kept.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):         # no line of ours
             break
     path.write_text("".join(kept))
 
@@ -174,7 +189,7 @@ def make_parser():
     add("--dataset", default=DEFAULT_DATASET, help="folder made by data.prepare; the default one is made by itself")
     add("--out_dir", default="out/default", help="folder for checkpoints and log")
     add("--resume", action="store_true", help="go on from out_dir/ckpt.pt, with the flags kept in it")
-    add("--seed", type=cli.number(int, 0), default=1, help="decides the batches and the initial weights")
+    add("--seed", type=cli.number(int, 0, 2**32), default=1, help="decides the batches and the initial weights")
 
     add = parser.add_argument_group("positional encoding").add_argument
     add("--pe", choices=PE, default=defaults.pe, help="which one")
@@ -221,7 +236,8 @@ def make_parser():
 
 
 # What a resumed run may change: where it runs, how far it goes and what it saves, nothing that it computes.
-FREE_ON_RESUME = {"resume", "out_dir", "max_iters", "device", "compile", "save_interval", "save_minutes", "keep_every"}
+FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compile", "save_interval", "save_minutes",
+                  "keep_every"}
 
 
 def parse(argv):
@@ -230,11 +246,14 @@ def parse(argv):
     args = parser.parse_args(argv)
     out_dir = Path(args.out_dir)
     if not args.resume:
-        if (out_dir / "ckpt.pt").exists():
+        if any(out_dir.glob("*.pt")):
             raise ValueError(f"{out_dir} holds a run: add --resume to go on with it, or name another --out_dir")
         args.lr_decay_iters = args.lr_decay_iters or args.max_iters  # kept: a max_iters that grows does not move it
         return args, None
     checkpoint = load_checkpoint(out_dir / "ckpt.pt")
+    if "optimizer" not in checkpoint:
+        raise ValueError(f"{out_dir}/ckpt.pt holds weights only, which can be scored and sampled but not trained on: "
+                         "start anew in another --out_dir")
     parser.set_defaults(**checkpoint["args"])             # a flag that is not given now is as it was
     args = parser.parse_args(argv)
     changed = [f"--{name} was {was} and is now {getattr(args, name)}" for name, was in checkpoint["args"].items()
@@ -289,10 +308,13 @@ def main(argv=None):
     if args.gradient_accumulation_steps % n_processes:
         raise ValueError(f"{n_processes} processes cannot share --gradient_accumulation_steps "
                          f"{args.gradient_accumulation_steps} evenly: make it a multiple of {n_processes}")
-    if checkpoint and checkpoint["dataset"]["sha256"] != meta["sha256"]:
-        raise ValueError(f"{args.dataset} is not the text that {args.out_dir} was trained on: another sha256")
+    if checkpoint and (checkpoint["dataset"]["sha256"], checkpoint["tokenizer"]) != (meta["sha256"], meta["tokenizer"]):
+        raise ValueError(f"{args.dataset} is not what {args.out_dir} was trained on: another sha256 or tokenizer")
     flags = {field.name: getattr(args, field.name) for field in fields(GPTConfig) if field.name in args}
     config = GPTConfig(vocab_size=meta["vocab_size"], **flags)
+    out_dir = Path(args.out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    guard = lock(out_dir / "log.jsonl") if rank == 0 else None
     try:
         train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     except (RuntimeError, MemoryError) as error:
@@ -303,6 +325,8 @@ def main(argv=None):
                            "halve --batch_size and double --gradient_accumulation_steps for the same steps in half the "
                            "memory, or lower --block_size, --n_layer or --n_embd") from error
     finally:
+        if guard:
+            guard.close()
         if n_processes > 1:
             distributed.destroy_process_group()
 
@@ -329,7 +353,6 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     out_dir = Path(args.out_dir)
     log_file = out_dir / "log.jsonl"
     if rank == 0:
-        out_dir.mkdir(parents=True, exist_ok=True)
         cut_log(log_file, progress.logged)
         describe(model, args, meta, ids, device, dtype)
         if checkpoint:
@@ -375,65 +398,65 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     saved_step, saved_time = progress.iter, time.time()
     lr = train_loss = grad_norm = None                    # of the last step
     stopping, shown = False, {}
-    bar = tqdm(total=args.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=rank > 0)
-    model.train()
-    while True:
-        step = progress.iter
-        ending = stopping or step >= args.max_iters
-        evaluating = (step % args.eval_interval == 0 or step == args.max_iters) and step != progress.logged
-        saving = evaluating or step > saved_step and (
-            ending or (args.save_interval and step % args.save_interval == 0)
-            or time.time() - saved_time > 60 * args.save_minutes)
-        if train_loss is not None and (step % 10 == 0 or saving):  # not at each step: reading a loss makes a GPU wait
-            check_health(train_loss.item(), grad_norm.item(), lr, step, saved_step, config, scaler, out_dir)
-            rate = (bar.format_dict["rate"] or 0) * tokens_per_step
-            bar.set_postfix(loss=f"{train_loss.item():.3f}", **shown, tokens_per_s=f"{rate:,.0f}", refresh=False)
-        if rank == 0 and evaluating:
-            val_loss = validation_loss(model, ids["val"], args.batch_size, args.block_size, args.eval_iters, device,
-                                       autocast)
-            line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(time.time() - started, 2),
-                    "val_loss": val_loss}
-            if train_loss is not None:                    # before the first step there is none
-                line |= {"train_loss": train_loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
-            keep(log, line)
-            progress.logged, shown["val"] = step, f"{val_loss:.3f}"
-            if val_loss < progress.best_val_loss:
-                progress.best_val_loss = val_loss
-                save_run("best.pt", val_loss=val_loss)
-        if rank == 0 and args.keep_every and step % args.keep_every == 0:
-            save_run(f"ckpt_{step:06d}.pt")
-        if rank == 0 and saving:
-            save_latest()
-            saved_step, saved_time = step, time.time()
-        if ending:
-            break
+    # closed on any exit, so that an error stands on a line of its own
+    with tqdm(total=args.max_iters, initial=progress.iter, unit="step", dynamic_ncols=True, disable=rank > 0) as bar:
+        model.train()
+        while True:
+            step = progress.iter
+            ending = stopping or step >= args.max_iters
+            evaluating = (step % args.eval_interval == 0 or step == args.max_iters) and step != progress.logged
+            saving = evaluating or step > saved_step and (
+                ending or (args.save_interval and step % args.save_interval == 0)
+                or time.time() - saved_time > 60 * args.save_minutes)
+            if train_loss is not None and (step % 10 == 0 or saving):  # reading a loss makes a GPU wait: not each time
+                check_health(train_loss.item(), grad_norm.item(), lr, step, saved_step, config, scaler, out_dir)
+                rate = (bar.format_dict["rate"] or 0) * tokens_per_step
+                bar.set_postfix(loss=f"{train_loss.item():.3f}", **shown, tokens_per_s=f"{rate:,.0f}", refresh=False)
+            if rank == 0 and evaluating:
+                val_loss = validation_loss(model, ids["val"], args.batch_size, args.block_size, args.eval_iters, device,
+                                           autocast)
+                line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(time.time() - started, 2),
+                        "val_loss": val_loss}
+                if train_loss is not None:                    # before the first step there is none
+                    line |= {"train_loss": train_loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
+                keep(log, line)
+                progress.logged, shown["val"] = step, f"{val_loss:.3f}"
+                if val_loss < progress.best_val_loss:
+                    progress.best_val_loss = val_loss
+                    save_run("best.pt", val_loss=val_loss)
+            if rank == 0 and args.keep_every and step % args.keep_every == 0:
+                save_run(f"ckpt_{step:06d}.pt")
+            if rank == 0 and saving:
+                save_latest()
+                saved_step, saved_time = step, time.time()
+            if ending:
+                break
 
-        lr = learning_rate_at(step, args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        train_loss = torch.zeros((), device=device)
-        for i in turns:
-            index = step * args.gradient_accumulation_steps + i
-            x, y = training_batch(ids["train"], args.batch_size, args.block_size, args.seed, index, device)
-            if n_processes > 1:
-                fast_model.require_backward_grad_sync = i == turns[-1]  # once a step is enough
-            with autocast:
-                loss = fast_model(x, y)[1] / len(turns)   # their sum: the mean over one large batch
-            scaler.scale(loss).backward()
-            train_loss += loss.detach()
-        scaler.unscale_(optimizer)                        # before clipping, which is meant for the true gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        progress.iter += 1
-        bar.update()
-        stopping = bool(signals)
-        if n_processes > 1:                               # all stop at the same step, and report the mean loss
-            shared = torch.stack((train_loss, torch.tensor(float(stopping), device=device)))
-            distributed.all_reduce(shared)
-            train_loss, stopping = shared[0] / n_processes, shared[1].item() > 0
-    bar.close()
+            lr = learning_rate_at(step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            train_loss = torch.zeros((), device=device)
+            for i in turns:
+                index = step * args.gradient_accumulation_steps + i
+                x, y = training_batch(ids["train"], args.batch_size, args.block_size, args.seed, index, device)
+                if n_processes > 1:
+                    fast_model.require_backward_grad_sync = i == turns[-1]  # once a step is enough
+                with autocast:
+                    loss = fast_model(x, y)[1] / len(turns)   # their sum: the mean over one large batch
+                scaler.scale(loss).backward()
+                train_loss += loss.detach()
+            scaler.unscale_(optimizer)                        # before clipping, which is meant for the true gradient
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            progress.iter += 1
+            bar.update()
+            stopping = bool(signals)
+            if n_processes > 1:                               # all stop at the same step, and report the mean loss
+                shared = torch.stack((train_loss, torch.tensor(float(stopping), device=device)))
+                distributed.all_reduce(shared)
+                train_loss, stopping = shared[0] / n_processes, shared[1].item() > 0
     for number, handler in old_handlers.items():
         signal.signal(number, handler)
     if rank > 0:
@@ -441,7 +464,7 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     if progress.iter < args.max_iters:
         print(f"stopped after step {progress.iter:,}, all is kept; "
               f"go on with: python train.py --resume --out_dir {out_dir}")
-        return
+        sys.exit(128 + signals[0])                        # not done: what waits for the result must not go on
     print(f"lowest validation loss {progress.best_val_loss:.4f} nats a token; {progress.seconds / 60:.1f} minutes; "
           f"kept in {out_dir}")
     print(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")

@@ -219,6 +219,9 @@ def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", voc
     out_dir = Path(out_dir or f"data/{name}_{kind.label.format(vocab_size=vocab_size)}")
     if out_dir.exists() and not (out_dir / "meta.json").exists():
         raise ValueError(f"{out_dir} exists and is no data set: name another --out_dir, nothing was touched")
+    others = {path.name for path in out_dir.glob("*")} - {"train.bin", "val.bin", "meta.json", "bpe.tiktoken"}
+    if others:                                            # the folder will be replaced as a whole
+        raise ValueError(f"{out_dir} holds more than a data set, as {min(others)}: name another --out_dir")
     groups = read_source(source, n_documents)
     if not groups:
         raise ValueError(f"--source {source}: there is no text in it")
@@ -275,8 +278,11 @@ def open_dataset(path):
         kind = meta["tokenizer"]["kind"] + f" --vocab_size {meta['vocab_size']}" * ("tiktoken" in meta["tokenizer"])
         remedy = (f"make it anew with `python -m data.prepare --source {meta['source']} --tokenizer {kind} "
                   f"--out_dir {path}`")
-        splits = {name: np.memmap(path / f"{name}.bin", dtype=np.uint16, mode="r") for name in ("train", "val")}
-        for name, ids in splits.items():
+        splits = {}
+        for name in ("train", "val"):
+            if not (path / f"{name}.bin").stat().st_size:
+                raise ValueError(f"{path}/{name}.bin is empty: {remedy}")
+            splits[name] = ids = np.memmap(path / f"{name}.bin", dtype=np.uint16, mode="r")
             if len(ids) != meta["tokens"][name]:
                 raise ValueError(f"{path}/{name}.bin has {len(ids):,} tokens and should have {meta['tokens'][name]:,}: "
                                  f"{remedy}")
@@ -285,9 +291,9 @@ def open_dataset(path):
                                  f"{meta['vocab_size'] - 1}: {remedy}")
             if sha256(ids) != meta["files"][f"{name}.bin"]:
                 raise ValueError(f"{path}/{name}.bin was changed since it was made (another sha256): {remedy}")
-    except (KeyError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}/meta.json is damaged, or was made by another version ({error!r}): prepare the set "
-                         "anew with `python -m data.prepare`") from error
+    except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged, or was made by another version ({error!r}): make it anew with `python -m "
+                         "data.prepare`") from error
     return meta, splits
 
 

@@ -229,6 +229,8 @@ def main(argv=None):
         if name not in BENCHMARKS:
             raise ValueError(f"no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
 
+    if args.json:
+        cli.check_output(args.json)
     device = cli.pick_device(args.device)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     print(f"{cli.device_name(device)}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, "

@@ -46,6 +46,7 @@ def main(argv=None):
     parser.add_argument("--max_factor", type=cli.number(int, 1), default=4, help="longest distance, in multiples of L")
     args = parser.parse_args(argv)
     pyplot = import_pyplot()
+    cli.check_output(args.plot, cli.PICTURES)
 
     rows = math.ceil(len(args.runs) / 5)
     columns = math.ceil(len(args.runs) / rows)

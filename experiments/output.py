@@ -19,9 +19,9 @@ def check_outputs(args):
     """What would fail at the end is better known before the work. Raises ValueError or ImportError."""
     if args.plot:
         import_pyplot()
-    for path in filter(None, (args.json, args.plot)):
-        if not Path(path).parent.is_dir():
-            raise ValueError(f"there is no folder {Path(path).parent} to write {path} to: make it first")
+        cli.check_output(args.plot, cli.PICTURES)
+    if args.json:
+        cli.check_output(args.json)
 
 
 def write_json(path, script, result):

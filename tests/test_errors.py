@@ -12,6 +12,7 @@ import data.prepare
 import eval_extrapolation
 import sample
 import train
+from experiments import bench, draw_encodings
 from tests.conftest import TINY_FLAGS
 
 # script, arguments ({run}, {data}, {tmp} are filled in), exit code, words of the message
@@ -39,6 +40,7 @@ MISTAKES = [
     (sample, ["--out_dir", "{tmp}/none"], 2, "no checkpoint"),
     (sample, ["--out_dir", "{tmp}/torn"], 2, "damaged"),
     (sample, ["--out_dir", "{run}", "--start", ""], 2, "empty"),
+    (sample, ["--out_dir", "{run}", "--start", "FILE:{tmp}/empty.txt"], 2, "empty"),
     (sample, ["--out_dir", "{run}", "--start", "FILE:{tmp}/none"], 2, "none"),
     (sample, ["--out_dir", "{run}", "--temperature", "0"], 2, "at least"),
     (sample, ["--out_dir", "{run}", "--rope_factor", "0.5"], 2, "at least 1"),
@@ -46,11 +48,18 @@ MISTAKES = [
     (eval_extrapolation, ["{run}", "--rope_scaling", "linear"], 2, "yarn"),
     (eval_extrapolation, ["{tmp}/none"], 2, "no checkpoint"),
     (eval_extrapolation, ["{run}", "--windows", "0"], 2, "at least 1"),
-    (eval_extrapolation, ["{run}", "--max_factor", "100000"], 2, "lower --max_factor"),
+    (eval_extrapolation, ["{run}", "--max_factor", "10000"], 2, "lower --max_factor"),
     (eval_extrapolation, ["{run}", "--text", "{tmp}/short.txt"], 2, "longer texts"),
     (eval_extrapolation, ["{run}", "--text", "{tmp}/none"], 2, "none"),
     (eval_extrapolation, ["{run}", "--dataset", "{tmp}/none"], 2, "data.prepare"),
     (eval_extrapolation, ["{run}", "--json", "{tmp}/none/r.json"], 2, "folder"),
+    (eval_extrapolation, ["{run}", "--json", "{tmp}"], 2, "no file"),
+    (eval_extrapolation, ["{run}", "--plot", "{tmp}/r.docx"], 2, ".png"),
+    (eval_extrapolation, ["{run}", "--text", ""], 2, "empty"),
+    (eval_extrapolation, ["{run}", "--text", "{tmp}"], 2, "directory"),
+    (draw_encodings, ["{run}", "--plot", "{tmp}/none/r.png"], 2, "folder"),
+    (bench, ["speed"], 2, "memory"),
+    (bench, ["train", "--json", "{tmp}"], 2, "no file"),
     (data.prepare, ["--source", "{tmp}/none"], 2, "pysrc"),
     (data.prepare, ["--source", "{tmp}/empty.txt"], 2, "no text"),
     (data.prepare, ["--source", "{tmp}/binary"], 2, "binary"),

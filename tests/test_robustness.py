@@ -20,6 +20,8 @@ import pytest
 import torch
 
 import cli
+import data.prepare
+import eval_extrapolation
 import train
 from model import GPT, load_checkpoint
 from tests.conftest import TINY_FLAGS
@@ -93,7 +95,7 @@ def test_interrupted_from_the_keyboard_a_process_saves_and_resumes(dataset, tmp_
     time.sleep(0.3)
     os.kill(process.pid, signal.SIGINT)
     process.join(10)
-    assert process.exitcode == 0 and 0 < load_checkpoint(tmp_path / "ckpt.pt")["iter"] < 3000
+    assert process.exitcode == 130 and 0 < load_checkpoint(tmp_path / "ckpt.pt")["iter"] < 3000
 
 
 def test_a_second_interrupt_does_not_wait(dataset, tmp_path, monkeypatch):
@@ -281,6 +283,53 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path):
 
 def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
-    path.write_text(''.join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + '{"iter": 1')
-    train.cut_log(path, 5)
-    assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
+    for torn in ('{"iter": 1', "{}", "5", "\0"):
+        path.write_text("".join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + torn)
+        train.cut_log(path, 5)
+        assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
+
+
+def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path, fails):
+    (tmp_path / "out").mkdir()
+    with train.lock(tmp_path / "out" / "log.jsonl"):
+        code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "out")])
+    assert code == 2 and "another process" in lines[0] and not list(tmp_path.glob("out/*.pt"))
+
+
+def test_weights_alone_are_neither_resumed_nor_overwritten(finished_run, tmp_path, dataset, fails):
+    (tmp_path / "run").mkdir()
+    shutil.copy(Path(finished_run) / "best.pt", tmp_path / "run" / "best.pt")
+    flags = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "run")]
+    code, lines = fails(train, flags)
+    assert code == 2 and "holds a run" in lines[0]
+    shutil.copy(Path(finished_run) / "best.pt", tmp_path / "run" / "ckpt.pt")
+    code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run")])
+    assert code == 2 and "weights only" in lines[0]
+
+
+def test_a_run_of_broken_weights_is_named_and_not_scored(finished_run, tmp_path, fails):
+    checkpoint = load_checkpoint(finished_run)
+    checkpoint["model"]["lm_head.weight"].fill_(math.nan)
+    torch.save(checkpoint, tmp_path / "nan.pt")
+    code, lines = fails(eval_extrapolation, [str(tmp_path / "nan.pt"), "--windows", "2", "--max_factor", "2"])
+    assert code == 2 and "damaged" in lines[0]
+
+
+def test_a_data_set_is_not_written_over_a_folder_that_holds_more(dataset, tmp_path, fails):
+    folder = tmp_path / "mine"
+    shutil.copytree(dataset, folder)
+    (folder / "precious.txt").write_text("do not lose me")
+    code, lines = fails(data.prepare, ["--source", str(folder / "precious.txt"), "--out_dir", str(folder)])
+    assert code == 2 and "precious.txt" in lines[0] and (folder / "precious.txt").exists()
+
+
+def test_a_moved_data_set_can_be_named_at_resume_but_not_another_tokenizers(finished_run, dataset, tmp_path, fails):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.copytree(dataset, tmp_path / "moved")
+    train.main(["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "12",
+                "--dataset", str(tmp_path / "moved")])
+    meta = json.loads((tmp_path / "moved" / "meta.json").read_text())
+    meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
+    (tmp_path / "moved" / "meta.json").write_text(json.dumps(meta))
+    code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "14"])
+    assert code == 2 and "tokenizer" in lines[0]

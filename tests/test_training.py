@@ -179,8 +179,10 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(dataset, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "training_batch", interrupting)
-        stopped = run(dataset, tmp_path / "parts", "--max_iters", "12")
-    assert stopped["iter"] == 8
+        with pytest.raises(SystemExit) as ended:
+            run(dataset, tmp_path / "parts", "--max_iters", "12")
+    assert ended.value.code == 128 + stop_signal
+    assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["iter"] == 8
     assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
     train.main(["--resume", "--out_dir", str(tmp_path / "parts")])
     assert_same_weights(whole, load_checkpoint(tmp_path / "parts" / "ckpt.pt"))
