@@ -1,4 +1,4 @@
-# make demo   train RoPE and HoPE on a CPU and score both beyond the trained context (about six minutes on two cores)
+# make demo   train RoPE and HoPE on a CPU, score both beyond the trained context (six minutes on two cores)
 # make test   the tests
 # make soak   the tests that take minutes
 # make lint   the linter

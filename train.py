@@ -1,7 +1,7 @@
 """
 Train a GPT on one GPU, or on a CPU:
 
-    python train.py                                        HoPE on the default text, two minutes on two CPU cores
+    python train.py                                        HoPE on the default text: minutes on two CPU cores
     python train.py @config/cpu_demo --pe rope --out_dir out/rope
     python train.py --resume --out_dir out/rope            go on after an interruption
     torchrun --nproc_per_node=4 train.py @config/cpu_demo --gradient_accumulation_steps 4     several GPUs
