@@ -182,7 +182,7 @@ class RoPE(PositionalEncoding):
             return None
         self.theta = self.theta.to(pos.device)            # moves once
         angle = pos[:, None] * self.theta                                                    # (T, K)
-        return angle.cos(), angle.sin()
+        return angle.cos(), angle.sin()                                                  # (T, K) each
 
 
 class PRoPE(RoPE):
@@ -215,7 +215,7 @@ def alibi_slopes(n_head):
 
     Another n_head takes the slopes of the power of two below it, then every other slope of twice that power.
     """
-    power = 2 ** int(math.log2(n_head))
+    power = 2 ** int(math.log2(n_head))                   # the power of two at or below n_head
     slopes = 2 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2 ** (-4 / power * torch.arange(1, 2 * power, 2, dtype=torch.float64))         # 1st, 3rd, ... of 2 power
     return torch.cat((slopes, between[:n_head - power])).float()                             # (H,)
@@ -243,7 +243,7 @@ def t5_bucket(distance, num_buckets=32, max_distance=128):
     The first half of the buckets holds one distance each, the second half grows by a constant factor and ends at
     max_distance, from where on all share the last (arXiv 1910.10683, sec. 2.1, causal).
     """
-    half = num_buckets // 2
+    half = num_buckets // 2                               # buckets of one distance each
     distance = distance.clamp(min=0)
     fraction = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)    # 0 at half, 1 at the end
     far = half + (fraction * (num_buckets - half)).long()                                    # half, ... on a log scale
@@ -291,7 +291,7 @@ class KERPLE(PositionalEncoding):
         with torch.no_grad():                             # the stored values move, so that no gradient is lost
             self.r1.clamp_(min=self.lowest)
             self.r2.clamp_(min=self.lowest)
-        r1, r2 = self.r1.float()[:, None, None], self.r2.float()[:, None, None]
+        r1, r2 = self.r1.float()[:, None, None], self.r2.float()[:, None, None]          # (H, 1, 1) each
         distance = (q_pos[:, None] - k_pos).clamp(min=0)                                     # (Tq, Tk)
         return -r1 * torch.log1p(r2 * distance)                                              # (H, Tq, Tk)
 
@@ -306,7 +306,7 @@ class FIRE(PositionalEncoding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.c = nn.Parameter(torch.empty(()))
+        self.c = nn.Parameter(torch.empty(()))            # how soon distances are lumped together
         self.multiplier = nn.Parameter(torch.empty(()))   # of the threshold
         self.block_size = config.block_size
         self.weight_1, self.bias_1 = (nn.Parameter(torch.empty(32)) for _ in range(2))       # (32,)
@@ -350,12 +350,12 @@ class KVCache:
     def append(self, layer, k, v):
         """Store k, v (B, H, T, D) of one layer behind the others; -> all its keys and values (B, H, length + T, D)."""
         if layer not in self.store:
-            B, H, _, D = k.shape
+            B, H, _, D = k.shape                          # room for max_length tokens instead of these T
             self.store[layer] = k.new_empty(B, H, self.max_length, D), v.new_empty(B, H, self.max_length, D)
         start, end = self.length, self.length + k.size(2)
-        keys, values = self.store[layer]
+        keys, values = self.store[layer]                                                 # (B, H, max_length, D) each
         keys[:, :, start:end], values[:, :, start:end] = k.detach(), v.detach()  # for reading only: no gradients
-        return keys[:, :, :end], values[:, :, :end]
+        return keys[:, :, :end], values[:, :, :end]                                      # (B, H, end, D) each
 
 
 class CausalSelfAttention(nn.Module):
@@ -373,20 +373,20 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout                     # on the attention weights
 
     def forward(self, x, rotary=None, mask=None, query_scale=None, cache=None):
-        B, T, C = x.size()
+        B, T, C = x.size()                                # with a cache, T counts the new tokens only
         q, k, v = self.c_attn(x).split(C, dim=2)                                             # (B, T, C) each
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))         # (B, H, T, D) each
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)         # values stay: what is seen has no position
         if query_scale is not None:
-            q = q * query_scale.to(q.dtype)
+            q = q * query_scale.to(q.dtype)                                              # (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self, k, v)                                                  # (B, H, Tk, D)
         # Without a mask the kernel makes the causal one itself, which keeps the flash path; one query sees all keys.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                            dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)            # heads side by side again
-        return self.resid_dropout(self.c_proj(y))
+        return self.resid_dropout(self.c_proj(y))                                        # (B, T, C)
 
 
 class MLP(nn.Module):
