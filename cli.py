@@ -72,6 +72,13 @@ def check_output(path, suffixes=None):
         raise ValueError(f"{path}: pictures can be written as {', '.join(suffixes)}")
 
 
+def write_text(path, text):
+    """Write a file beside its place, then rename: what stands there is whole, the old one or the new one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
 def run(main):
     """Call main() and turn a failure into one line on stderr and an exit code.
 

@@ -14,7 +14,6 @@ at least L / 2). Where a model does better than that, the longer context helps; 
 """
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -310,9 +309,7 @@ def main(argv=None):
 
     if args.json:
         result = {"command": " ".join(["python", *sys.argv]), "torch": torch.__version__, "runs": runs}
-        temporary = Path(args.json + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        cli.write_text(args.json, json.dumps(result, indent=1) + "\n")
     if args.plot:
         plot(runs, args.plot)
 

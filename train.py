@@ -371,22 +371,25 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     ending = False                                        # set below, for what is saved last
 
     def keep(write, *arguments):
-        """Write to the disk. Where that fails, a run that is not at its end goes on: there may be room later."""
+        """Write to the disk -> whether it worked. Where not, a run before its end goes on: there may be room later."""
         try:
             write(*arguments)
         except OSError as error:
             if ending:
                 raise
             tqdm.write(f"warning: {error}; training goes on")
+            return False
+        return True
 
     def save_run(name, **more):
-        keep(save, out_dir / name, {
+        return keep(save, out_dir / name, {
             "config": asdict(config), "model": model.state_dict(), "tokenizer": meta["tokenizer"], "args": vars(args),
             "dataset": {"path": args.dataset, "sha256": meta["sha256"]}, **asdict(progress), **more})
 
     def save_latest():
         progress.seconds = time.time() - started
-        save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rng=get_rng_state(device))
+        return save_run("ckpt.pt", optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                        rng=get_rng_state(device))
 
     def log(line):
         with open(log_file, "a") as file:
@@ -417,18 +420,17 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
                                            autocast)
                 line = {"iter": step, "tokens": step * tokens_per_step, "seconds": round(time.time() - started, 2),
                         "val_loss": val_loss}
-                if train_loss is not None:                    # before the first step there is none
+                if train_loss is not None:                # before the first step there is none
                     line |= {"train_loss": train_loss.item(), "grad_norm": grad_norm.item(), "lr": lr}
                 keep(log, line)
                 progress.logged, shown["val"] = step, f"{val_loss:.3f}"
-                if val_loss < progress.best_val_loss:
-                    progress.best_val_loss = val_loss
-                    save_run("best.pt", val_loss=val_loss)
+                if val_loss < progress.best_val_loss and save_run("best.pt", val_loss=val_loss, best_val_loss=val_loss):
+                    progress.best_val_loss = val_loss     # that of the best.pt which is really there
             if rank == 0 and args.keep_every and step % args.keep_every == 0:
                 save_run(f"ckpt_{step:06d}.pt")
             if rank == 0 and saving:
-                save_latest()
-                saved_step, saved_time = step, time.time()
+                saved_step = step if save_latest() else saved_step
+                saved_time = time.time()                  # in any case: a full disk is not tried at every step
             if ending:
                 break
 
@@ -445,7 +447,7 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
                     loss = fast_model(x, y)[1] / len(turns)   # their sum: the mean over one large batch
                 scaler.scale(loss).backward()
                 train_loss += loss.detach()
-            scaler.unscale_(optimizer)                        # before clipping, which is meant for the true gradient
+            scaler.unscale_(optimizer)                    # before clipping, which is meant for the true gradient
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
             scaler.step(optimizer)
             scaler.update()
@@ -453,7 +455,7 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
             progress.iter += 1
             bar.update()
             stopping = bool(signals)
-            if n_processes > 1:                               # all stop at the same step, and report the mean loss
+            if n_processes > 1:                           # all stop at the same step, and report the mean loss
                 shared = torch.stack((train_loss, torch.tensor(float(stopping), device=device)))
                 distributed.all_reduce(shared)
                 train_loss, stopping = shared[0] / n_processes, shared[1].item() > 0
@@ -464,7 +466,8 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     if progress.iter < args.max_iters:
         print(f"stopped after step {progress.iter:,}, all is kept; "
               f"go on with: python train.py --resume --out_dir {out_dir}")
-        sys.exit(128 + signals[0])                        # not done: what waits for the result must not go on
+        # not done: what waits for the result must not go on; the signal may have gone to another process
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])
     print(f"lowest validation loss {progress.best_val_loss:.4f} nats a token; {progress.seconds / 60:.1f} minutes; "
           f"kept in {out_dir}")
     print(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")

@@ -241,8 +241,7 @@ def main(argv=None):
         torch.manual_seed(0)
         result[name] = BENCHMARKS[name](args, config, device)
     if args.json:
-        with open(args.json, "w") as file:
-            file.write(json.dumps(result, indent=1) + "\n")
+        cli.write_text(args.json, json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the experiments share: where results go, and how they are written."""
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -28,9 +27,7 @@ def write_json(path, script, result):
     """result with the command in front, numbers to four digits, a row of numbers a line."""
     text = json.dumps({"command": " ".join(["python -m", script, *sys.argv[1:]]), **rounded(result)}, indent=1)
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
-    temporary = Path(path + ".tmp")
-    temporary.write_text(text + "\n")
-    os.replace(temporary, path)
+    cli.write_text(path, text + "\n")
 
 
 def rounded(value):

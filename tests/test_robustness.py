@@ -165,6 +165,8 @@ def test_a_failed_save_on_the_way_is_a_warning_and_training_goes_on(dataset, tmp
     monkeypatch.setattr(train, "save", failing_once)
     assert_same_weights(whole, run(dataset, tmp_path / "full", "--max_iters", "12"))
     assert "disk full; training goes on" in capsys.readouterr().out
+    latest, best = (load_checkpoint(tmp_path / "full" / name) for name in ("ckpt.pt", "best.pt"))
+    assert latest["best_val_loss"] == best["val_loss"] == best["best_val_loss"]  # of the file that is there
     a, b = same_log(tmp_path / "whole", tmp_path / "full")
     assert a == b
 
