@@ -84,9 +84,11 @@ def rotate(x, cos, sin):
     pairs from K on pass through: their part of the logit is a plain dot product, blind to position.
     """
     K, half = cos.size(-1), x.size(-1) // 2
-    a, b = x[..., :K], x[..., half:half + K]              # the two coordinates of each pair   (B, H, T, K)
+    # a and b: the two coordinates of each turning pair, (B, H, T, K). One split, not four slices: backward of a slice
+    # fills a whole tensor with zeros, backward of a split is one concatenation.
+    a, still_a, b, still_b = x.split((K, half - K, K, half - K), dim=-1)
     # cos and sin are float32, so the products are too, whatever x is; the result is cast last
-    return torch.cat((a * cos - b * sin, x[..., K:half], b * cos + a * sin, x[..., half + K:]), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, still_a, b * cos + a * sin, still_b), dim=-1).to(x.dtype)  # (B, H, T, D)
 
 
 class PositionalEncoding(nn.Module):
