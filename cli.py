@@ -1,6 +1,7 @@
 """What the scripts share: flags with @config files, errors of one line, the choice of device and of number format."""
 import argparse
 import difflib
+import importlib.util
 import math
 import os
 import shlex
@@ -145,6 +146,14 @@ def pick_dtype(name, device, training_width=0):
     if device.type == "cpu" and training_width >= 256 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         return torch.bfloat16
     return torch.float32
+
+
+def pick_compile(choice, device):
+    """--compile, --no-compile or neither (None) -> bool. By itself only where Triton writes kernels for the GPU."""
+    if choice is not None:
+        return choice
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (7, 0))  # Triton's oldest: Volta
 
 
 def autocast(device, dtype):

@@ -54,6 +54,19 @@ def bucket_edges(block_size, max_factor):
     return edges
 
 
+def windows_at_a_time(config, length, chunk, device):
+    """How many windows of a length to score side by side: half a GB on a CPU, half of what is free on a GPU.
+
+    config: a checkpoint's. More side by side are faster, up to a few thousand tokens; the losses are the same.
+    """
+    C, V = config["n_embd"], config["vocab_size"]
+    cached = 2 * config["n_layer"] * C * length           # keys and values of the whole window
+    tokens = max(chunk, config["block_size"])             # of a window, in a forward of score or of score_local
+    at_work = tokens * (3 * V + 16 * C)                   # logits, twice more in the loss; the widest layer's inputs
+    memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
+    return max(1, int(memory / (4 * (cached + at_work))))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
 
@@ -224,7 +237,8 @@ def make_parser():
     add("--windows", type=count, default=32, help="windows to average over")
     add("--json", help="write the results to this file")
     add("--plot", help="draw them into this file, as .png (needs matplotlib)")
-    add("--batch_size", type=count, default=8, help="windows at a time: memory, not results")
+    add("--batch_size", type=count,
+        help="windows at a time: memory, not results; if not given, as fit into half a GB, or half a GPU's free memory")
     add("--chunk", type=count, default=128, help="tokens of a window at a time: memory, not results")
     cli.add_scaling_arguments(parser, nargs="+")
     cli.add_device_arguments(parser)
@@ -277,6 +291,8 @@ def main(argv=None):
     print(f"scoring {len(windows)} windows of {edges[-1]:,} tokens, each inside one document of {source} "
           f"(sha256 {text_sha256[:16]}), on {cli.device_name(device)}; L = {L} tokens")
 
+    args.batch_size = args.batch_size or min(windows_at_a_time(checkpoint["config"], edges[-1], args.chunk, device)
+                                             for checkpoint in checkpoints)
     runs, first_losses = [], None
     windows = windows.to(device)
     for name, checkpoint in zip(names, checkpoints):

@@ -34,13 +34,23 @@ from model import GPT, PE, GPTConfig, RoPE, load_checkpoint
 # Data
 
 
+def token_tensor(ids, device):
+    """A token file, uint16 (N,), as the tensor that batch_at reads: on the GPU if it fits there, else on the disk.
+
+    On the GPU, where it may take a tenth of the free memory, all that has to travel at a step are the batch's offsets.
+    """
+    ids = torch.from_numpy(ids.view(np.int16))            # the same bits: torch has few operations for uint16
+    fits = device.type == "cuda" and 10 * ids.nbytes < torch.cuda.mem_get_info(device)[0]
+    return ids.to(device) if fits else ids
+
+
 def batch_at(ids, offsets, block_size, device):
-    """Windows of a token file: ids at each offset -> inputs and targets, int64 (B, L), the targets one token later."""
-    rows = np.stack([ids[i:i + block_size + 1] for i in offsets]).astype(np.int64)           # (B, L + 1)
-    rows = torch.from_numpy(rows)
-    if device.type == "cuda":
-        rows = rows.pin_memory().to(device, non_blocking=True)  # pinned: the copy runs while the GPU computes
-    return rows[:, :-1].to(device), rows[:, 1:].to(device)
+    """Windows of a token tensor at each offset -> inputs and targets, int64 (B, L), the targets one token later."""
+    offsets = torch.from_numpy(offsets).to(ids.device, non_blocking=True)                    # (B,)
+    rows = ids[offsets[:, None] + torch.arange(block_size + 1, device=ids.device)]           # (B, L + 1)
+    rows = rows.to(device, non_blocking=device.type == "cuda")  # a GPU goes on computing meanwhile
+    rows = rows.long() & 0xFFFF                           # unsigned again
+    return rows[:, :-1], rows[:, 1:]
 
 
 def training_batch(ids, batch_size, block_size, seed, index, device):
@@ -230,8 +240,9 @@ def make_parser():
     add("--keep_every", type=count, help="keep the weights of each N-th step, as ckpt_00000N.pt")
 
     cli.add_device_arguments(parser)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
-                        help="torch.compile: a slow first step, faster ones after it; pays on a GPU")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
+                        help="torch.compile: the first step takes a minute, the others less time; if not given, on "
+                             "where Triton is installed and the GPU can run it")
     return parser
 
 
@@ -266,7 +277,7 @@ def parse(argv):
     return args, checkpoint
 
 
-def describe(model, args, meta, ids, device, dtype):
+def describe(model, args, meta, ids, device, dtype, compiled):
     """Say what is about to happen, so that a wrong flag is seen now and not in the morning."""
     config, pe = model.config, model.transformer.wpe
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -283,7 +294,8 @@ def describe(model, args, meta, ids, device, dtype):
     total = tokens * args.max_iters
     print(f"training  {args.max_iters:,} steps of {tokens:,} tokens: {total / 1e6:.1f} M, "
           f"{total / len(ids['train']):.2g} x the text")
-    print(f"where     {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}")
+    print(f"where     {cli.device_name(device)}, {str(dtype).removeprefix('torch.')}, seed {args.seed}"
+          + ", compiled: the first step takes a minute" * compiled)
 
 
 def check_health(loss, grad_norm, lr, step, saved_step, config, scaler, out_dir):
@@ -300,7 +312,10 @@ def main(argv=None):
     args, checkpoint = parse(argv)
     rank, n_processes, device = join_processes(cli.pick_device(args.device))
     dtype = cli.pick_dtype(args.dtype, device, training_width=args.n_embd)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")        # TF32: float32 products with 10 bits, several times faster
     meta, ids = open_dataset(args.dataset)
+    ids = {name: token_tensor(part, device) for name, part in ids.items()}
     for name, part in ids.items():
         if len(part) <= args.block_size:
             raise ValueError(f"{args.dataset}/{name}.bin has {len(part)} tokens and a window needs block_size + 1 = "
@@ -318,6 +333,8 @@ def main(argv=None):
     try:
         train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RuntimeError(f"torch.compile failed, train with --no-compile instead: {error}") from error
         if not isinstance(error, MemoryError) and "memory" not in str(error):
             raise
         gigabytes = memory_estimate(config, args, dtype) / 1e9
@@ -346,7 +363,8 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
         scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         progress = Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
-    fast_model = torch.compile(model) if args.compile else model  # the same weights, under the same names in `model`
+    compiled = cli.pick_compile(args.compile, device)
+    fast_model = torch.compile(model) if compiled else model  # the same weights, under the same names in `model`
     if n_processes > 1:
         fast_model = DistributedDataParallel(fast_model)
 
@@ -354,7 +372,7 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     log_file = out_dir / "log.jsonl"
     if rank == 0:
         cut_log(log_file, progress.logged)
-        describe(model, args, meta, ids, device, dtype)
+        describe(model, args, meta, ids, device, dtype, compiled)
         if checkpoint:
             print(f"resuming  after step {progress.iter:,}")
 

@@ -282,7 +282,8 @@ def open_dataset(path):
         for name in ("train", "val"):
             if not (path / f"{name}.bin").stat().st_size:
                 raise ValueError(f"{path}/{name}.bin is empty: {remedy}")
-            splits[name] = ids = np.memmap(path / f"{name}.bin", dtype=np.uint16, mode="r")
+            ids = np.memmap(path / f"{name}.bin", dtype=np.uint16, mode="c")  # c: what tensors on it write stays here
+            splits[name] = ids
             if len(ids) != meta["tokens"][name]:
                 raise ValueError(f"{path}/{name}.bin has {len(ids):,} tokens and should have {meta['tokens'][name]:,}: "
                                  f"{remedy}")

@@ -9,6 +9,7 @@ generate   new tokens with the cache and without, and how the time per token gro
 evaluate   all buckets from one pass against a pass for each; how the time grows with the length
 memory     peak memory of an evaluation to 64 L, each encoding in a process of its own
 """
+import argparse
 import json
 import resource
 import statistics
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 
 import cli
 import train
-from eval_extrapolation import bucket_edges, score
+from eval_extrapolation import bucket_edges, score, windows_at_a_time
 from model import GPT, PE, GPTConfig, KVCache
 
 # Dense bfloat16 FLOP/s as the makers' data sheets give them, by a part of the card's name.
@@ -102,7 +103,7 @@ def bench_train(args, config, device):
 
     def step_of(pe, dtype):
         model = GPT(GPTConfig(**config, pe=pe)).to(device)
-        fast_model = torch.compile(model) if args.compile else model
+        fast_model = torch.compile(model) if cli.pick_compile(args.compile, device) else model
         return partial(training_step, fast_model, train.make_optimizer(model, flags, device), x, y,
                        cli.autocast(device, dtype))
 
@@ -185,7 +186,7 @@ def bench_evaluate(args, config, device):
 def bench_memory(args, config, device):
     """Peak memory needs a fresh process: the maximum of one that has run something else is that of both."""
     results = {}
-    print("\npeak memory of scoring one window of 64 L, the interpreter and torch included")
+    print("\npeak memory of scoring windows of 64 L as the evaluation does, the interpreter and torch included")
     for pe in PE:
         if pe == "learned":
             continue
@@ -197,9 +198,10 @@ def bench_memory(args, config, device):
 
 
 def score_long(config, pe, length, chunk, device):
-    """Score one window and print the peak of this process's memory (of the GPU's, on a GPU) in GB."""
+    """Score as many windows as go at a time and print the peak of this process's memory (of the GPU's, on a GPU)."""
+    n_windows = min(32, windows_at_a_time(config, length, chunk, torch.device(device)))
     model = GPT(GPTConfig(**config, pe=pe)).to(device).eval()
-    score(model, torch.randint(config["vocab_size"], (1, length + 1), device=device), chunk, 1)
+    score(model, torch.randint(config["vocab_size"], (n_windows, length + 1), device=device), chunk, n_windows)
     if device == "cuda":
         print(torch.cuda.max_memory_allocated() / 1e9)
     else:                                                 # Linux counts in kB, macOS in bytes
@@ -221,7 +223,7 @@ def main(argv=None):
     add("--vocab_size", type=count, default=99, help="size of the vocabulary")
     add("--chunk", type=count, default=128, help="tokens of a window at a time, in evaluations")
     add("--repeats", type=count, default=9, help="rounds that the median is taken of")
-    add("--compile", action="store_true", help="torch.compile the models that train")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the models that train; as in train.py")
     add("--json", help="write the results to this file")
     cli.add_device_arguments(parser)
     args = parser.parse_args(argv)
@@ -233,6 +235,8 @@ def main(argv=None):
         cli.check_output(args.json)
     device = cli.pick_device(args.device)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")        # as train.py does
     print(f"{cli.device_name(device)}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, "
           f"T = {args.block_size}, batch {args.batch_size}")
     result = {"command": " ".join(["python -m experiments.bench", *sys.argv[1:]]), "device": cli.device_name(device),

@@ -102,7 +102,8 @@ def test_two_encodings_see_the_same_batches_and_start_from_the_same_shared_weigh
 
 
 def test_targets_are_the_inputs_one_token_later():
-    x, y = train.training_batch(np.arange(1000, dtype=np.uint16), 5, 12, seed=3, index=7, device=torch.device("cpu"))
+    cpu = torch.device("cpu")
+    x, y = train.training_batch(train.token_tensor(np.arange(1000, dtype=np.uint16), cpu), 5, 12, 3, 7, cpu)
     assert x.shape == y.shape == (5, 12) and torch.equal(x + 1, y)
     assert len(set(x[:, 0].tolist())) == 5
 

@@ -1,0 +1,92 @@
+"""
+What makes it fast must not change what comes out; and what is on by default where.
+
+    python -m pytest tests/test_speed.py
+    python -m pytest tests/test_speed.py -m slow          a compiler that is missing
+
+How fast it is, `python -m experiments.bench` says: a time is no test, since it depends on who else uses the machine.
+"""
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+import cli
+import eval_extrapolation
+import train
+from tests.conftest import TINY_FLAGS
+from tests.test_encodings import tiny
+
+CPU = torch.device("cpu")
+
+
+def test_a_batch_has_the_ids_of_the_file_above_32767_too(tmp_path):
+    """The tensor holds 16 bits with a sign, and GPT-2's vocabulary needs them without."""
+    ids = np.random.default_rng(0).integers(2**16, size=500).astype(np.uint16)
+    ids.tofile(tmp_path / "train.bin")
+    tensor = train.token_tensor(np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="c"), CPU)
+    offsets = np.array([0, 17, 400, 489])
+    x, y = train.batch_at(tensor, offsets, 10, CPU)
+    assert ids.max() > 60000 and x.dtype == y.dtype == torch.int64
+    for row, i in enumerate(offsets):
+        assert x[row].tolist() == ids[i:i + 10].tolist() and y[row].tolist() == ids[i + 1:i + 11].tolist()
+
+
+def test_a_token_tensor_on_the_cpu_is_the_file_itself_and_no_copy(tmp_path):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    ids = np.memmap(tmp_path / "train.bin", dtype=np.uint16, mode="c")
+    tensor = train.token_tensor(ids, CPU)
+    assert tensor.data_ptr() == ids.ctypes.data
+    tensor[0] = 9
+    assert ids[0] == 9 and np.fromfile(tmp_path / "train.bin", dtype=np.uint16)[0] == 0  # and the disk is not written
+
+
+@pytest.mark.parametrize("free, stays", [(1000, "cpu"), (4001, "meta")])
+def test_tokens_move_to_the_gpu_where_they_take_less_than_a_tenth_of_its_free_memory(monkeypatch, free, stays):
+    """A device without memory plays the GPU: what is asked is where the 400 bytes end up."""
+    class Device:
+        type = "cuda"
+
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10**9))
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: to(tensor, "meta"))
+    assert train.token_tensor(np.zeros(200, dtype=np.uint16), Device()).device.type == stays
+
+
+@pytest.mark.parametrize("gpu, triton, expected", [((8, 6), True, True), ((7, 0), True, True), ((6, 1), True, False),
+                                                   ((8, 6), False, False)])
+def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, gpu, triton, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    cuda = torch.device("cuda")
+    assert cli.pick_compile(None, cuda) is expected
+    assert cli.pick_compile(True, cuda) is True and cli.pick_compile(False, cuda) is False
+    assert cli.pick_compile(None, CPU) is cli.pick_compile(None, torch.device("mps")) is False
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_missing_is_one_line_with_the_remedy(dataset, fails, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # no kernel of an earlier run
+    code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "run"), "--compile"])
+    assert code == 1 and "torch.compile failed, train with --no-compile instead" in lines[-1]
+
+
+def test_windows_at_a_time_stay_inside_half_a_gigabyte_down_to_one():
+    config = dict(n_layer=6, n_embd=384, vocab_size=99, block_size=256)
+    kept = {}
+    for length in (256, 1024, 4096, 16384):
+        kept[length] = n = eval_extrapolation.windows_at_a_time(config, length, 128, CPU)
+        keys_and_values = n * 2 * 6 * length * 384 * 4
+        assert 2e8 < keys_and_values + n * 256 * (3 * 99 + 16 * 384) * 4 <= 5e8
+    assert kept[256] > kept[1024] > kept[4096] > kept[16384] == 1
+    assert eval_extrapolation.windows_at_a_time({**config, "vocab_size": 2**20}, 16384, 128, CPU) == 1  # never none
+
+
+@pytest.mark.parametrize("pe", ["hope", "alibi"])
+def test_losses_do_not_depend_on_how_many_windows_go_side_by_side(pe):
+    model, windows = tiny(pe), torch.randint(50, (5, 97))
+    one, three, all_five = (eval_extrapolation.score(model, windows, 20, n) for n in (1, 3, 5))
+    torch.testing.assert_close(one, three, atol=1e-5, rtol=0)
+    torch.testing.assert_close(one, all_five, atol=1e-5, rtol=0)
