@@ -87,8 +87,9 @@ def rotate(x, cos, sin):
     # a and b: the two coordinates of each turning pair, (B, H, T, K). One split, not four slices: backward of a slice
     # fills a whole tensor with zeros, backward of a split is one concatenation.
     a, still_a, b, still_b = x.split((K, half - K, K, half - K), dim=-1)
-    # cos and sin are float32, so the products are too, whatever x is; the result is cast last
-    return torch.cat((a * cos - b * sin, still_a, b * cos + a * sin, still_b), dim=-1).to(x.dtype)  # (B, H, T, D)
+    # cos and sin are float32, so the products are too, whatever x is
+    turned_a, turned_b = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
+    return torch.cat((turned_a, still_a, turned_b, still_b), dim=-1)                         # (B, H, T, D)
 
 
 class PositionalEncoding(nn.Module):
