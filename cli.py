@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -149,10 +150,11 @@ def pick_dtype(name, device, training_width=0):
 
 
 def pick_compile(choice, device):
-    """--compile, --no-compile or neither (None) -> bool. By itself only where Triton writes kernels for the GPU."""
+    """--compile, --no-compile or neither (None) -> bool. By itself only where Triton can make kernels for the GPU."""
     if choice is not None:
         return choice
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    c_compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))  # for its launcher
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and c_compiler
             and torch.cuda.get_device_capability(device) >= (7, 0))  # Triton's oldest: Volta
 
 

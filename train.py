@@ -242,7 +242,7 @@ def make_parser():
     cli.add_device_arguments(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile: the first step takes a minute, the others less time; if not given, on "
-                             "where Triton is installed and the GPU can run it")
+                             "where Triton and a C compiler are installed and the GPU can run what they make")
     return parser
 
 

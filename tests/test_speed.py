@@ -7,6 +7,7 @@ What makes it fast must not change what comes out; and what is on by default whe
 How fast it is, `python -m experiments.bench` says: a time is no test, since it depends on who else uses the machine.
 """
 import importlib.util
+import shutil
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 import cli
 import eval_extrapolation
 import train
+from model import PE
 from tests.conftest import TINY_FLAGS
 from tests.test_encodings import tiny
 
@@ -54,15 +56,32 @@ def test_tokens_move_to_the_gpu_where_they_take_less_than_a_tenth_of_its_free_me
     assert train.token_tensor(np.zeros(200, dtype=np.uint16), Device()).device.type == stays
 
 
-@pytest.mark.parametrize("gpu, triton, expected", [((8, 6), True, True), ((7, 0), True, True), ((6, 1), True, False),
-                                                   ((8, 6), False, False)])
-def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, gpu, triton, expected):
+@pytest.mark.parametrize("gpu, triton, c_compiler, expected", [
+    ((8, 6), True, "gcc", True), ((7, 0), True, "clang", True), ((8, 6), True, "/opt/cc", True),
+    ((6, 1), True, "gcc", False), ((8, 6), False, "gcc", False), ((8, 6), True, None, False)])
+def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, gpu, triton, c_compiler, expected):
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == c_compiler else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
     cuda = torch.device("cuda")
     assert cli.pick_compile(None, cuda) is expected
     assert cli.pick_compile(True, cuda) is True and cli.pick_compile(False, cuda) is False
     assert cli.pick_compile(None, CPU) is cli.pick_compile(None, torch.device("mps")) is False
+
+
+@pytest.mark.parametrize("pe", PE)
+def test_a_training_step_compiles_to_one_graph_once(pe):
+    """fullgraph refuses whatever would send it back to Python; the steps after the first find the graph ready."""
+    graphs = []
+    model, idx = tiny(pe).train(), torch.randint(50, (3, 2, 32))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    for batch in idx:
+        loss = compiled(batch, batch)[1]
+        torch.testing.assert_close(loss, model(batch, batch)[1])
+        loss.backward()
+    assert len(graphs) == 1
 
 
 @pytest.mark.slow
