@@ -108,16 +108,19 @@ def bench_train(args, config, device):
                        cli.autocast(device, dtype))
 
     dtype = cli.pick_dtype(args.dtype, device, args.n_embd)
-    results = {}
-    calls = {pe: step_of(pe, dtype) for pe in PE}
-    timed = in_turns(calls, args.repeats, device)
+    settle = 5                                            # rounds until malloc keeps the memory that the largest needs
+    results, timed = {}, {}
+    for pe in PE:                                         # in pairs: close in time, and malloc is not upset by others
+        torch.compiler.reset()                            # it compiles a function eight times and then leaves it slow
+        timed |= in_turns({"nope": step_of("nope", dtype), pe: step_of(pe, dtype)}, args.repeats, device, settle)
     results["encodings"] = report(f"a training step, {dtype}: time, and ratio to nope", timed)
 
+    torch.compiler.reset()
     plain = PlainGPT(GPTConfig(**config)).to(device)
     plain_step = partial(training_step, plain, torch.optim.AdamW(plain.parameters()), x, y,
                          cli.autocast(device, torch.float32))
     timed = in_turns({"plain GPT, float32": plain_step, "ours, learned": step_of("learned", dtype),
-                      "ours, hope": step_of("hope", dtype)}, args.repeats, device)
+                      "ours, hope": step_of("hope", dtype)}, args.repeats, device, settle)
     results["against plain"] = report(f"a training step, {dtype}, against a plain GPT in float32", timed)
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
