@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 import cli
 from data.prepare import open_dataset, read_text, sha256
@@ -62,19 +61,14 @@ def windows_at_a_time(config, length, chunk, device):
     C, V = config["n_embd"], config["vocab_size"]
     cached = 2 * config["n_layer"] * C * length           # keys and values of the whole window
     tokens = max(chunk, config["block_size"])             # of a window, in a forward of score or of score_local
-    at_work = tokens * (3 * V + 16 * C)                   # logits, twice more in the loss; the widest layer's inputs
+    # logits, twice more in the loss; what the widest layer reads and writes. A bias comes on top, once for all windows
+    at_work = tokens * (3 * V + 16 * C)
     memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
     return max(1, int(memory / (4 * (cached + at_work))))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
-
-
-def token_losses(model, x, y, cache=None):
-    """Loss of each target y (B, T) given the inputs x (B, T) and what the cache holds -> (B, T)."""
-    logits, _ = model(x, y, cache)                                                           # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").view_as(y)
 
 
 @torch.no_grad()
@@ -86,30 +80,30 @@ def score(model, windows, chunk, batch_size):
     """
     width = windows.size(1) - 1
     limit = min(width, model.transformer.wpe.max_length or width)
-    losses = torch.full((len(windows), width), math.nan)
+    losses = torch.full((len(windows), width), math.nan, device=windows.device)
     for first in range(0, len(windows), batch_size):
         rows = windows[first:first + batch_size]
         cache = KVCache(limit)
         for start in range(0, limit, chunk):
             end = min(start + chunk, limit)
-            losses[first:first + batch_size, start:end] = token_losses(
-                model, rows[:, start:end], rows[:, start + 1:end + 1], cache).cpu()
-    return losses
+            losses[first:first + batch_size, start:end] = model(
+                rows[:, start:end], rows[:, start + 1:end + 1], cache, reduction="none")[1]
+    return losses.cpu()
 
 
 @torch.no_grad()
 def score_local(model, windows, context, batch_size):
     """Each token given at most context tokens, and from the second window of that length on at least context / 2."""
     width = windows.size(1) - 1
-    losses, done = torch.empty(len(windows), width), 0
+    losses, done = torch.empty(len(windows), width, device=windows.device), 0
     for end in [*range(min(context, width), width, max(1, context // 2)), width]:
         start = max(0, end - context)
         for first in range(0, len(windows), batch_size):
             rows = windows[first:first + batch_size]
-            new = token_losses(model, rows[:, start:end], rows[:, start + 1:end + 1])[:, done - start:]
-            losses[first:first + batch_size, done:end] = new.cpu()
+            new = model(rows[:, start:end], rows[:, start + 1:end + 1], reduction="none")[1]     # (B, end - start)
+            losses[first:first + batch_size, done:end] = new[:, done - start:]
         done = end
-    return losses
+    return losses.cpu()
 
 
 def scalings(args, pe):

@@ -115,6 +115,17 @@ class PositionalEncoding(nn.Module):
         """Positions (Tq,), (Tk,) -> what to add to the logits, float32 (H, Tq, Tk); or None. GPT masks the future."""
         return None
 
+    def _apply(self, fn, recurse=True):
+        """What .to(), .cuda() and their like call: fixed numbers, kept as plain tensors, move along but stay float32.
+
+        As buffers they would be rounded by .to(torch.bfloat16), and the error of an angle grows with the position.
+        """
+        super()._apply(fn, recurse)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(self, name, value.to(fn(value).device))
+        return self
+
 
 class NoPE(PositionalEncoding):
     """No encoding (arXiv 2305.19466). The causal mask alone tells order: token n sees n tokens, token n + 1 one more.
@@ -156,7 +167,6 @@ class Sinusoidal(PositionalEncoding):
         self.theta = rope_frequencies(config.n_embd)      # RoPE took its spectrum from here  (C/2,)
 
     def embed(self, x, pos):
-        self.theta = self.theta.to(pos.device)
         angle = pos[:, None] * self.theta                                                    # (T, C/2)
         wave = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)                    # (T, C) interleaved
         return x * math.sqrt(x.size(-1)) + wave.to(x.dtype)
@@ -177,13 +187,11 @@ class RoPE(PositionalEncoding):
         theta = rope_frequencies(config.n_embd // config.n_head, self.kind, block_size=config.block_size,
                                  base=config.rope_base, prope_fraction=config.prope_fraction,
                                  hope_cutoff=config.hope_cutoff, scaling=config.rope_scaling, factor=config.rope_factor)
-        # A plain tensor, no buffer: model.to(torch.bfloat16) would round theta, and the angle's error grows with n.
         self.theta = theta[theta > 0]                                                        # (K,)
 
     def rotary(self, pos):
         if len(self.theta) == 0:                          # nothing turns: this is NoPE
             return None
-        self.theta = self.theta.to(pos.device)            # moves once
         angle = pos[:, None] * self.theta                                                    # (T, K)
         return angle.cos(), angle.sin()                                                  # (T, K) each
 
@@ -233,10 +241,9 @@ class ALiBi(PositionalEncoding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.slopes = alibi_slopes(config.n_head)         # no buffer, for the reason given in RoPE          (H,)
+        self.slopes = alibi_slopes(config.n_head)                                            # (H,)
 
     def bias(self, q_pos, k_pos):
-        self.slopes = self.slopes.to(q_pos.device)
         return self.slopes[:, None, None] * (k_pos - q_pos[:, None])                         # (H, Tq, Tk)
 
 
@@ -506,7 +513,7 @@ class GPT(nn.Module):
         visible = k_pos <= q_pos[:, None]                                                    # (Tq, Tk)
         if bias is None:
             return visible
-        # float32 until here; the kernel wants the type of the queries
+        # the kernel wants the type of the queries
         device, dtype = bias.device.type, self.lm_head.weight.dtype
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
         return torch.where(visible, bias, -math.inf).to(dtype)[None]                         # (1, H, Tq, Tk)
@@ -529,10 +536,11 @@ class GPT(nn.Module):
             scale = scale * (torch.log(pos[:, None] + 1) / math.log(config.block_size)).clamp(min=1)  # 1 inside L
         return scale
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, reduction="mean"):
         """Token ids idx (B, T) -> logits, loss.
 
-        With targets (B, T): logits (B, T, V) and the mean cross-entropy in nats, targets of -1 left out.
+        With targets (B, T): logits (B, T, V) and the cross-entropy in nats, targets of -1 left out: its mean, or with
+        reduction="none" that of each token, float32 (B, T).
         Without: logits of the last position (B, 1, V), and None. With a KVCache, idx continues what the cache holds.
         Raises ValueError where the encoding (learned) or the cache has no place for so many tokens.
         """
@@ -560,7 +568,8 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x[:, [-1]]), None                                            # (B, 1, V)
         logits = self.lm_head(x)                                                             # (B, T, V)
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1, reduction=reduction)
+        return logits, loss.view_as(targets) if reduction == "none" else loss
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):

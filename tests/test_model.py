@@ -77,12 +77,13 @@ def test_initial_weights_are_gpt2s_and_the_embedding_is_tied():
     assert abs(loss.item() - math.log(1000)) < 0.1        # a guess among all tokens
 
 
-def test_targets_of_minus_one_are_left_out_of_the_loss_and_no_targets_give_the_last_logits():
+def test_the_loss_is_each_tokens_or_their_mean_without_targets_of_minus_one_and_no_targets_give_the_last_logits():
     model, idx = tiny("hope"), torch.randint(50, (2, 10))
     targets = torch.randint(50, (2, 10))
     logits, loss = model(idx, targets)
     per_token = -logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(loss, per_token.mean())
+    torch.testing.assert_close(model(idx, targets, reduction="none")[1], per_token)
     targets[:, 5:] = -1
     torch.testing.assert_close(model(idx, targets)[1], per_token[:, :5].mean())
     last, none = model(idx)
