@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -124,11 +125,16 @@ def pick_device(name):
     """--device -> torch.device. Raises ValueError where there is no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: each process has a GPU of its own
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"--device {name}: there is no such device here; use --device auto or --device cpu") from error
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)                     # so that what asks for the current GPU gets this one
+    return device
 
 
 def device_name(device):
@@ -153,9 +159,11 @@ def pick_compile(choice, device):
     """--compile, --no-compile or neither (None) -> bool. By itself only where Triton can make kernels for the GPU."""
     if choice is not None:
         return choice
-    c_compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))  # for its launcher
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and c_compiler
-            and torch.cuda.get_device_capability(device) >= (7, 0))  # Triton's oldest: Volta
+    # Triton builds what launches a kernel in C, against Python's headers
+    compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
+    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and compiler and headers
+            and torch.cuda.get_device_capability(device) >= (7, 0))  # its oldest: Volta
 
 
 def autocast(device, dtype):

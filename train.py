@@ -48,8 +48,9 @@ def batch_at(ids, offsets, block_size, device):
     """Windows of a token tensor at each offset -> inputs and targets, int64 (B, L), the targets one token later."""
     offsets = torch.from_numpy(offsets).to(ids.device, non_blocking=True)                    # (B,)
     rows = ids[offsets[:, None] + torch.arange(block_size + 1, device=ids.device)]           # (B, L + 1)
-    rows = rows.to(device, non_blocking=device.type == "cuda")  # a GPU goes on computing meanwhile
-    rows = rows.long() & 0xFFFF                           # unsigned again
+    if device.type == "cuda" and rows.device.type == "cpu":
+        rows = rows.pin_memory().to(device, non_blocking=True)  # pinned: the copy runs while the GPU computes
+    rows = rows.to(device).long() & 0xFFFF                # unsigned again
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -177,14 +178,11 @@ def cut_log(path, last_iter):
 
 
 def join_processes(device):
-    """Join those that torchrun started, if it did -> rank, number of processes, device."""
+    """Join those that torchrun started, if it did -> rank, number of processes."""
     if "RANK" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        return 0, 1
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return distributed.get_rank(), distributed.get_world_size(), device
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -246,7 +244,8 @@ def make_parser():
     return parser
 
 
-# What a resumed run may change: where it runs, how far it goes and what it saves, nothing that it computes.
+# What a resumed run may change: where it runs, how far it goes and what it saves, nothing that it computes (but for
+# the rounding of another device).
 FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compile", "save_interval", "save_minutes",
                   "keep_every"}
 
@@ -310,11 +309,16 @@ def check_health(loss, grad_norm, lr, step, saved_step, config, scaler, out_dir)
 
 def main(argv=None):
     args, checkpoint = parse(argv)
-    rank, n_processes, device = join_processes(cli.pick_device(args.device))
+    device = cli.pick_device(args.device)
+    rank, n_processes = join_processes(device)
     dtype = cli.pick_dtype(args.dtype, device, training_width=args.n_embd)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")        # TF32: float32 products with 10 bits, several times faster
+    if rank > 0:
+        distributed.barrier()                             # the first process may have to make the data set
     meta, ids = open_dataset(args.dataset)
+    if n_processes > 1 and rank == 0:
+        distributed.barrier()
     ids = {name: token_tensor(part, device) for name, part in ids.items()}
     for name, part in ids.items():
         if len(part) <= args.block_size:
@@ -334,8 +338,10 @@ def main(argv=None):
         train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     except (RuntimeError, MemoryError) as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise RuntimeError(f"torch.compile failed, train with --no-compile instead: {error}") from error
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise RuntimeError("torch.compile failed; go on without it: python train.py --resume --no-compile "
+                               f"--out_dir {args.out_dir}. {error}") from error
+        scarce = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's words for it
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in scarce):
             raise
         gigabytes = memory_estimate(config, args, dtype) / 1e9
         raise RuntimeError(f"out of memory on {cli.device_name(device)}; these flags need about {gigabytes:.1f} GB: "
@@ -360,7 +366,8 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:                          # empty where the run began in another number format
+            scaler.load_state_dict(checkpoint["scaler"])
         set_rng_state(checkpoint["rng"], device)
         progress = Progress(**{field.name: checkpoint[field.name] for field in fields(Progress)})
     compiled = cli.pick_compile(args.compile, device)
@@ -474,11 +481,14 @@ def train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
             bar.update()
             stopping = bool(signals)
             if n_processes > 1:                           # all stop at the same step, and report the mean loss
-                shared = torch.stack((train_loss, torch.tensor(float(stopping), device=device)))
+                shared = torch.stack((train_loss, torch.full((), float(stopping), device=device)))
                 distributed.all_reduce(shared)
-                train_loss, stopping = shared[0] / n_processes, shared[1].item() > 0
+                train_loss = shared[0] / n_processes
+                stopping = progress.iter % 10 == 0 and shared[1].item() > 0  # reading it makes a GPU wait
     for number, handler in old_handlers.items():
         signal.signal(number, handler)
+    if n_processes > 1:
+        distributed.barrier()                             # nobody leaves before the first process has saved
     if rank > 0:
         return
     if progress.iter < args.max_iters:

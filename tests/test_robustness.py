@@ -246,6 +246,14 @@ def test_out_of_memory_names_the_flags_to_lower_and_an_estimate(dataset, tmp_pat
     assert code == 1 and "--batch_size" in lines[-1] and " GB" in lines[-1]
 
 
+def test_an_error_that_only_speaks_of_memory_is_shown_as_it_is(dataset, tmp_path, monkeypatch, fails):
+    def forward(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(GPT, "forward", forward)
+    code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path)])
+    assert code == 1 and "illegal memory access" in lines[-1] and "--batch_size" not in lines[-1]
+
+
 # --- devices and processes
 
 
@@ -266,6 +274,16 @@ def test_float16_trains_with_a_gradient_scaler_and_resumes_exactly(dataset, tmp_
     run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
     train.main(["--resume", "--out_dir", str(tmp_path / "parts"), "--max_iters", "20"])
     assert_same_weights(whole, load_checkpoint(tmp_path / "parts" / "ckpt.pt"))
+
+
+def test_a_run_goes_on_where_auto_means_another_number_format(dataset, tmp_path, monkeypatch):
+    """Begun on a CPU, continued on a GPU without bfloat16, where the scaler starts anew; and back again."""
+    run(dataset, tmp_path, "--max_iters", "4")
+    for steps, dtype in (("8", torch.float16), ("12", torch.float32)):
+        monkeypatch.setattr(cli, "pick_dtype", lambda *_, dtype=dtype, **__: dtype)
+        train.main(["--resume", "--out_dir", str(tmp_path), "--max_iters", steps])
+        checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
+        assert checkpoint["iter"] == int(steps) and bool(checkpoint["scaler"]) == (dtype == torch.float16)
 
 
 def test_two_processes_take_the_steps_of_one(dataset, tmp_path):

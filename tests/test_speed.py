@@ -8,6 +8,7 @@ How fast it is, `python -m experiments.bench` says: a time is no test, since it 
 """
 import importlib.util
 import shutil
+import sysconfig
 
 import numpy as np
 import pytest
@@ -56,11 +57,16 @@ def test_tokens_move_to_the_gpu_where_they_take_less_than_a_tenth_of_its_free_me
     assert train.token_tensor(np.zeros(200, dtype=np.uint16), Device()).device.type == stays
 
 
-@pytest.mark.parametrize("gpu, triton, c_compiler, expected", [
-    ((8, 6), True, "gcc", True), ((7, 0), True, "clang", True), ((8, 6), True, "/opt/cc", True),
-    ((6, 1), True, "gcc", False), ((8, 6), False, "gcc", False), ((8, 6), True, None, False)])
-def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, gpu, triton, c_compiler, expected):
+@pytest.mark.parametrize("gpu, triton, c_compiler, headers, expected", [
+    ((8, 6), True, "gcc", True, True), ((7, 0), True, "clang", True, True), ((8, 6), True, "/opt/cc", True, True),
+    ((6, 1), True, "gcc", True, False), ((8, 6), False, "gcc", True, False), ((8, 6), True, None, True, False),
+    ((8, 6), True, "gcc", False, False)])
+def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, tmp_path, gpu, triton, c_compiler, headers,
+                                                        expected):
     monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *which: str(tmp_path))
+    if headers:
+        (tmp_path / "Python.h").touch()
     monkeypatch.setattr(shutil, "which", lambda name: name if name == c_compiler else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
@@ -75,7 +81,7 @@ def test_a_training_step_compiles_to_one_graph_once(pe):
     """fullgraph refuses whatever would send it back to Python; the steps after the first find the graph ready."""
     graphs = []
     model, idx = tiny(pe).train(), torch.randint(50, (3, 2, 32))
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     for batch in idx:
         loss = compiled(batch, batch)[1]
@@ -84,12 +90,38 @@ def test_a_training_step_compiles_to_one_graph_once(pe):
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("pe, name", [("sinusoidal", "theta"), ("rope", "theta"), ("prope", "theta"), ("hope", "theta"),
+                                      ("alibi", "slopes")])
+def test_fixed_numbers_move_with_the_model_and_are_never_rounded(pe, name):
+    """A forward that moved them itself would change the model, and a compiled one would have to be compiled again."""
+    def numbers(model):
+        return getattr(model.transformer.wpe, name)
+
+    assert torch.equal(numbers(tiny(pe).to(torch.bfloat16)), numbers(tiny(pe)))
+    assert numbers(tiny(pe).to("meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("rank, name, used", [(None, "cuda:1", 1), (None, "cuda", None), ("2", "cuda", 2)])
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, rank, name, used):
+    """Random numbers, free memory and synchronisation are those of the current GPU. torchrun names it by LOCAL_RANK."""
+    asked, current = [], []
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert cli.pick_device(name).index == used
+    assert current == ([] if used is None else [used]) and asked == [name if used is None else f"cuda:{used}"]
+
+
 @pytest.mark.slow
 def test_a_compiler_that_is_missing_is_one_line_with_the_remedy(dataset, fails, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # no kernel of an earlier run
     code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "run"), "--compile"])
-    assert code == 1 and "torch.compile failed, train with --no-compile instead" in lines[-1]
+    assert code == 1 and "torch.compile failed" in lines[-1]
+    remedy = lines[-1].split("python train.py ")[1].split(".")[0].split()
+    assert remedy[-2:] == ["--out_dir", str(tmp_path / "run")]
+    train.main(remedy)                                    # and the remedy works
 
 
 def test_windows_at_a_time_stay_inside_half_a_gigabyte_down_to_one():
