@@ -1,13 +1,18 @@
 """
 How fast it is, as ratios: everything that is compared runs in one process, in turns, and the median counts.
 
-    python -m experiments.bench                                  all four, a few minutes on two CPU cores
+    python -m experiments.bench                                  all four, a quarter of an hour on two CPU cores
     python -m experiments.bench train --n_layer 4 --n_embd 128 --block_size 128 --batch_size 32 --json FILE
 
 train      a step of each encoding against nope's; our step against that of a plain GPT (below), tokens per second
 generate   new tokens with the cache and without, and how the time per token grows with the position
 evaluate   all buckets from one pass against a pass for each; how the time grows with the length
 memory     peak memory of an evaluation to 64 L, each encoding in a process of its own
+
+--dtype and --compile are for train; the others run as evaluation and sampling do on a CPU, in float32.
+
+A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
+share whatever slows the machine down. nope against itself says how much of a ratio is chance.
 """
 import argparse
 import json
@@ -27,8 +32,10 @@ import train
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
 from model import GPT, PE, GPTConfig, KVCache
 
-# Dense bfloat16 FLOP/s as the makers' data sheets give them, by a part of the card's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40": 181e12, "4090": 165e12, "3090": 71e12, "T4": 65e12}
+# Dense bfloat16 FLOP/s as the maker's data sheets give them, by the whole name: an "H100 PCIe" is another card.
+PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+              "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12,
+              "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
 
 class PlainGPT(nn.Module):
@@ -64,7 +71,7 @@ def seconds(call, device):
     start = time.perf_counter()
     call()
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -88,7 +95,7 @@ def report(title, results):
 
 
 def training_step(model, optimizer, x, y, autocast):
-    """One step as train.py does it: forward, backward, clip, update."""
+    """One step as train.py does it, but for float16's scaler: forward, backward, clip, update."""
     with autocast:
         loss = model(x, y)[1]
     loss.backward()
@@ -109,11 +116,15 @@ def bench_train(args, config, device):
 
     dtype = cli.pick_dtype(args.dtype, device, args.n_embd)
     settle = 5                                            # rounds until malloc keeps the memory that the largest needs
-    results, timed = {}, {}
+    results = {"dtype": str(dtype).removeprefix("torch."), "compiled": cli.pick_compile(args.compile, device),
+               "encodings": {}}
+    print(f"\na training step, {dtype}: time, that of nope, ratio")
     for pe in PE:                                         # in pairs: close in time, and malloc is not upset by others
         torch.compiler.reset()                            # it compiles a function eight times and then leaves it slow
-        timed |= in_turns({"nope": step_of("nope", dtype), pe: step_of(pe, dtype)}, args.repeats, device, settle)
-    results["encodings"] = report(f"a training step, {dtype}: time, and ratio to nope", timed)
+        calls = {"": step_of("nope", dtype), pe: step_of(pe, dtype)}
+        (nope, _), (median, ratio) = in_turns(calls, args.repeats, device, settle).values()
+        print(f"  {pe:24} {1000 * median:10.1f} ms  {1000 * nope:10.1f} ms   {ratio:6.3f}", flush=True)
+        results["encodings"][pe] = {"seconds": median, "nope_seconds": nope, "ratio": ratio}
 
     torch.compiler.reset()
     plain = PlainGPT(GPTConfig(**config)).to(device)
@@ -125,7 +136,7 @@ def bench_train(args, config, device):
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
     if device.type == "cuda":
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in cli.device_name(device)), None)
+        peak = PEAK_FLOPS.get(cli.device_name(device))
         weights = sum(p.numel() for p in GPT(GPTConfig(**config)).parameters())
         # 6 per weight and token for forward and backward, 12 per layer, channel and pair of tokens for attention
         flops = x.numel() * (6 * weights + 12 * args.n_layer * args.n_embd * args.block_size) / timed["ours, hope"][0]
@@ -194,7 +205,7 @@ def bench_memory(args, config, device):
         if pe == "learned":
             continue
         code = (f"from experiments import bench; bench.score_long({config!r}, {pe!r}, {64 * args.block_size}, "
-                f"{args.chunk}, {device.type!r})")
+                f"{args.chunk}, {str(device)!r})")
         results[pe] = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
         print(f"  {pe:12} {results[pe]:.2f} GB")
     return results
@@ -202,11 +213,12 @@ def bench_memory(args, config, device):
 
 def score_long(config, pe, length, chunk, device):
     """Score as many windows as go at a time and print the peak of this process's memory (of the GPU's, on a GPU)."""
-    n_windows = min(32, windows_at_a_time(config, length, chunk, torch.device(device)))
+    device = torch.device(device)
+    n_windows = min(32, windows_at_a_time(config, length, chunk, device))
     model = GPT(GPTConfig(**config, pe=pe)).to(device).eval()
     score(model, torch.randint(config["vocab_size"], (n_windows, length + 1), device=device), chunk, n_windows)
-    if device == "cuda":
-        print(torch.cuda.max_memory_allocated() / 1e9)
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated(device) / 1e9)
     else:                                                 # Linux counts in kB, macOS in bytes
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9)
 
@@ -236,8 +248,9 @@ def main(argv=None):
 
     if args.json:
         cli.check_output(args.json)
-    device = cli.pick_device(args.device)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    GPTConfig(**config)                                   # refuses sizes that do not go together
+    device = cli.pick_device(args.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")        # as train.py does
     print(f"{cli.device_name(device)}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, "
