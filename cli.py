@@ -145,7 +145,7 @@ def device_name(device):
 
 
 def pick_dtype(name, device, training_width=0):
-    """--dtype -> torch.dtype. A CPU gets bfloat16 only to train wide models: narrow ones gain nothing from it."""
+    """--dtype -> torch.dtype. A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
