@@ -75,6 +75,18 @@ def check_output(path, suffixes=None):
         raise ValueError(f"{path}: pictures can be written as {', '.join(suffixes)}")
 
 
+def lock(path, wait):
+    """Open a file for this process alone, until it is closed. Another one waits, or gets a BlockingIOError."""
+    file = open(path, "a")
+    try:
+        import fcntl  # not on Windows, where nobody stands guard
+
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    return file
+
+
 def write_text(path, text):
     """Write a file beside its place, then rename: what stands there is whole, the old one or the new one."""
     temporary = Path(f"{path}.tmp")

@@ -136,20 +136,6 @@ def save(path, checkpoint):
         raise OSError(f"{path} could not be written, the one before it is kept: {error}") from error
 
 
-def lock(path):
-    """Hold a file for this process alone while what is returned is open. Raises ValueError where another has it."""
-    file = open(path, "a")
-    try:
-        import fcntl  # not on Windows, where nobody stands guard
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except BlockingIOError as error:
-        raise ValueError(f"another process is training in {path.parent}: name another --out_dir") from error
-    return file
-
-
 def get_rng_state(device):
     """The state of dropout's random numbers. Batches need none: they are a function of the step."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if device.type == "cuda" else None}
@@ -314,11 +300,7 @@ def main(argv=None):
     dtype = cli.pick_dtype(args.dtype, device, training_width=args.n_embd)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")        # TF32: float32 products with 10 bits, several times faster
-    if rank > 0:
-        distributed.barrier()                             # the first process may have to make the data set
     meta, ids = open_dataset(args.dataset)
-    if n_processes > 1 and rank == 0:
-        distributed.barrier()
     ids = {name: token_tensor(part, device) for name, part in ids.items()}
     for name, part in ids.items():
         if len(part) <= args.block_size:
@@ -333,7 +315,10 @@ def main(argv=None):
     config = GPTConfig(vocab_size=meta["vocab_size"], **flags)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    guard = lock(out_dir / "log.jsonl") if rank == 0 else None
+    try:
+        guard = cli.lock(out_dir / "log.jsonl", wait=False) if rank == 0 else None
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training in {out_dir}: name another --out_dir") from error
     try:
         train(args, config, checkpoint, meta, ids, device, dtype, rank, n_processes)
     except (RuntimeError, MemoryError) as error:

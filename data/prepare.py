@@ -271,8 +271,11 @@ def open_dataset(path):
         if path != Path(DEFAULT_DATASET):
             raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
                                     f"--out_dir {path}`")
-        print(f"preparing {path} from the installed torch and numpy, a matter of seconds")
-        prepare()
+        path.parent.mkdir(exist_ok=True)
+        with cli.lock(path.with_name(f".{path.name}.lock"), wait=True):  # two trainings may start at once
+            if not (path / "meta.json").exists():
+                print(f"preparing {path} from the installed torch and numpy, a matter of seconds")
+                prepare()
     try:
         meta = json.loads((path / "meta.json").read_text())
         kind = meta["tokenizer"]["kind"] + f" --vocab_size {meta['vocab_size']}" * ("tiktoken" in meta["tokenizer"])

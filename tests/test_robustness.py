@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -309,9 +310,24 @@ def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path):
         assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
 
 
+def test_trainings_that_start_at_once_make_the_default_data_set_once(dataset, tmp_path, monkeypatch):
+    """Threads play the processes: a lock is of an open file, whoever opened it."""
+    made = []
+
+    def prepare_slowly():
+        time.sleep(0.2)
+        made.append(shutil.copytree(dataset, tmp_path / "set"))
+
+    monkeypatch.setattr(data.prepare, "DEFAULT_DATASET", str(tmp_path / "set"))
+    monkeypatch.setattr(data.prepare, "prepare", prepare_slowly)
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(data.prepare.open_dataset, [tmp_path / "set"] * 4))
+    assert len(made) == 1 and all(meta == results[0][0] for meta, _ in results)
+
+
 def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path, fails):
     (tmp_path / "out").mkdir()
-    with train.lock(tmp_path / "out" / "log.jsonl"):
+    with cli.lock(tmp_path / "out" / "log.jsonl", wait=False):
         code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "out")])
     assert code == 2 and "another process" in lines[0] and not list(tmp_path.glob("out/*.pt"))
 
