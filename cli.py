@@ -169,12 +169,12 @@ def pick_dtype(name, device, training_width=0):
 
 def pick_compile(choice, device):
     """--compile, --no-compile or neither (None) -> bool. By itself only where Triton can make kernels for the GPU."""
-    if choice is not None:
-        return choice
+    if choice is not None or device.type != "cuda":
+        return bool(choice)
     # Triton builds what launches a kernel in C, against Python's headers
     compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
-    return (device.type == "cuda" and importlib.util.find_spec("triton") is not None and compiler and headers
+    return (importlib.util.find_spec("triton") is not None and compiler and headers
             and torch.cuda.get_device_capability(device) >= (7, 0))  # its oldest: Volta
 
 

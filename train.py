@@ -226,7 +226,7 @@ def make_parser():
     cli.add_device_arguments(parser)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction,
                         help="torch.compile: the first step takes a minute, the others less time; if not given, on "
-                             "where Triton and a C compiler are installed and the GPU can run what they make")
+                             "where Triton can make kernels for the GPU")
     return parser
 
 

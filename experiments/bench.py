@@ -107,21 +107,20 @@ def training_step(model, optimizer, x, y, autocast):
 def bench_train(args, config, device):
     x, y = torch.randint(config["vocab_size"], (2, args.batch_size, args.block_size), device=device)
     flags = train.make_parser().parse_args([])
+    dtype, compiled = cli.pick_dtype(args.dtype, device, args.n_embd), cli.pick_compile(args.compile, device)
 
-    def step_of(pe, dtype):
+    def step_of(pe):
         model = GPT(GPTConfig(**config, pe=pe)).to(device)
-        fast_model = torch.compile(model) if cli.pick_compile(args.compile, device) else model
+        fast_model = torch.compile(model) if compiled else model
         return partial(training_step, fast_model, train.make_optimizer(model, flags, device), x, y,
                        cli.autocast(device, dtype))
 
-    dtype = cli.pick_dtype(args.dtype, device, args.n_embd)
     settle = 5                                            # rounds until malloc keeps the memory that the largest needs
-    results = {"dtype": str(dtype).removeprefix("torch."), "compiled": cli.pick_compile(args.compile, device),
-               "encodings": {}}
+    results = {"dtype": str(dtype).removeprefix("torch."), "compiled": compiled, "encodings": {}}
     print(f"\na training step, {dtype}: time, that of nope, ratio")
     for pe in PE:                                         # in pairs: close in time, and malloc is not upset by others
         torch.compiler.reset()                            # it compiles a function eight times and then leaves it slow
-        calls = {"": step_of("nope", dtype), pe: step_of(pe, dtype)}
+        calls = {"": step_of("nope"), pe: step_of(pe)}
         (nope, _), (median, ratio) = in_turns(calls, args.repeats, device, settle).values()
         print(f"  {pe:24} {1000 * median:10.1f} ms  {1000 * nope:10.1f} ms   {ratio:6.3f}", flush=True)
         results["encodings"][pe] = {"seconds": median, "nope_seconds": nope, "ratio": ratio}
@@ -130,8 +129,8 @@ def bench_train(args, config, device):
     plain = PlainGPT(GPTConfig(**config)).to(device)
     plain_step = partial(training_step, plain, torch.optim.AdamW(plain.parameters()), x, y,
                          cli.autocast(device, torch.float32))
-    timed = in_turns({"plain GPT, float32": plain_step, "ours, learned": step_of("learned", dtype),
-                      "ours, hope": step_of("hope", dtype)}, args.repeats, device, settle)
+    timed = in_turns({"plain GPT, float32": plain_step, "ours, learned": step_of("learned"),
+                      "ours, hope": step_of("hope")}, args.repeats, device, settle)
     results["against plain"] = report(f"a training step, {dtype}, against a plain GPT in float32", timed)
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
