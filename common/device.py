@@ -1,0 +1,177 @@
+"""
+Where a model runs: the device, the number format of its matrix products, torch.compile, and torchrun's processes.
+"""
+import importlib.util
+import os
+import shutil
+import signal
+import sysconfig
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from model import knob
+
+
+@dataclass
+class DeviceConfig:
+    """The flags that all scripts share."""
+
+    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto takes the best available")
+    dtype: str = knob("auto", "number format of matrix products; auto: bfloat16 on GPUs that have it, float16 on older "
+                      "GPUs, float32 elsewhere, except to train at width 256 or more on CPUs with bfloat16 units",
+                      one_of=("auto", "float32", "bfloat16", "float16"))
+
+
+class Place:
+    """A device and number format, and this process's rank among n_processes.
+
+    training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device.
+    """
+
+    def __init__(self, config, training_width=0):
+        self.device = pick_device(config.device)
+        self.dtype = pick_dtype(config.dtype, self.device, training_width)
+        self.rank, self.n_processes = 0, 1
+        if self.device.type == "cuda" and training_width:
+            torch.set_float32_matmul_precision("high")  # TF32: 10 bits of fraction, several times faster
+
+    def __str__(self):
+        """The device as results name it: a GPU's own name, or the number of threads that a CPU provided."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device} ({torch.get_num_threads()} threads)"
+
+    def autocast(self):
+        """A context with matrix products in dtype, sums and norms in float32. It does nothing for float32."""
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def get_rng_state(self):
+        """The state of the random numbers for dropout. Batches need none: they are a function of the step."""
+        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def set_rng_state(self, state):
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and state["cuda"] is not None:
+            torch.cuda.set_rng_state(state["cuda"])
+
+    # Several processes, each with its own GPU, divide the micro-batches of a step and share the mean gradient.
+
+    def join_processes(self, n_micro_batches):
+        """Join those that torchrun started, if it did. Raises ValueError if they cannot share the micro-batches."""
+        if "RANK" not in os.environ:
+            return
+        distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.rank, self.n_processes = distributed.get_rank(), distributed.get_world_size()
+        if n_micro_batches % self.n_processes:
+            raise ValueError(f"{self.n_processes} processes cannot share --gradient_accumulation_steps "
+                             f"{n_micro_batches} evenly: make it a multiple of {self.n_processes}")
+
+    def mean(self, value):
+        """The mean of a tensor over all processes. Does not wait for a GPU."""
+        if self.n_processes > 1:
+            value = value.clone()
+            distributed.all_reduce(value)
+            value /= self.n_processes
+        return value
+
+    def any(self, flag):
+        """Whether a flag is true in any process. All of them have to call this at the same step; a GPU waits."""
+        if self.n_processes == 1:
+            return flag
+        return self.mean(torch.full((), float(flag), device=self.device)).item() > 0
+
+    def wait_for_others(self):
+        if self.n_processes > 1:
+            distributed.barrier()
+
+    def leave_processes(self):
+        if self.n_processes > 1:
+            distributed.destroy_process_group()
+
+
+def pick_device(name):
+    """--device -> torch.device. Raises ValueError if there is no such device."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name}: there is no such device here; use --device auto or --device cpu") from error
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # functions that ask for the current GPU then get this one
+    return device
+
+
+def pick_dtype(name, device, training_width=0):
+    """--dtype -> torch.dtype. A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and training_width >= 256 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        return torch.bfloat16
+    return torch.float32
+
+
+def pick_compile(choice, device):
+    """--compile, --no-compile or neither (None) -> bool. The default is on if Triton can build kernels for the GPU."""
+    if choice is not None or device.type != "cuda":
+        return bool(choice)
+    # Triton builds the code that launches a kernel with a C compiler and Python's headers
+    compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
+    return (importlib.util.find_spec("triton") is not None and compiler and headers
+            and torch.cuda.get_device_capability(device) >= (7, 0))  # Volta, the oldest that Triton supports
+
+
+@contextmanager
+def stop_signals():
+    """Collect SIGINT (Ctrl-C) and SIGTERM in a list; a second one raises KeyboardInterrupt."""
+    received = []
+
+    def note(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def memory_estimate(network, batch_size, dtype):
+    """Bytes that training needs, roughly: weights, gradients, AdamW's two moments, and what backward keeps."""
+    C, V, tokens = network.n_embd, network.vocab_size, batch_size * network.block_size
+    weights = 12 * network.n_layer * C * C + V * C
+    # channels kept per token and layer: norms 2, q k v and their rotated copies 5, attention and its projection 3,
+    # the MLP of four times the width 12
+    return 16 * weights + tokens * (network.n_layer * 22 * C * dtype.itemsize + 3 * V * 4)
+
+
+@contextmanager
+def explained_failures(network, config, place):
+    """Turn a failure of the compiler or a lack of memory into a RuntimeError that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RuntimeError("torch.compile failed; continue without it: python train.py --resume --no-compile "
+                               f"--out_dir {config.out_dir}. {error}") from error
+        scarce = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's words for it
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in scarce):
+            raise
+        gigabytes = memory_estimate(network, config.batch_size, place.dtype) / 1e9
+        raise RuntimeError(f"out of memory on {place}; these flags need about {gigabytes:.1f} GB: halve --batch_size "
+                           "and double --gradient_accumulation_steps for the same steps in half the memory, or lower "
+                           "--block_size, --n_layer or --n_embd") from error

@@ -1,0 +1,148 @@
+"""
+Command-line flags: made from the fields of a dataclass, kept in @FILE, wrong in one line.
+
+    parser = ArgumentParser("What the script does.")
+    add_flags(parser, GPTConfig, "rope_scaling", "attn_scaling")    fields of a dataclass, made by model.knob
+    parser.add_argument("--windows", type=parsed(int, at_least=1), default=32, help="...")
+"""
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import shlex
+import sys
+import typing
+from pathlib import Path
+
+from model import GPTConfig, check_value
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Each flag with its default, unless that says nothing (None, or False for a switch)."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
+                         formatter_class=HelpFormatter)
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
+
+    def parse_args(self, args=None, namespace=None):
+        args, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
+            hint = f"did you mean {' or '.join(close)}? " if close else ""
+            self.error(f"unknown argument {unknown[0]!r}: {hint}--help lists all")
+        for name, value in vars(args).items():
+            if value == "":
+                self.error(f"--{name} is empty: give it a value or leave it out")
+        return args
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class Switch(argparse.Action):
+    """--name, --no-name, --name=True and --name=False, for the values True and False."""
+
+    def __init__(self, option_strings, dest, **options):
+        names = [option_strings[0], option_strings[0].replace("--", "--no-", 1)]
+        super().__init__(names, dest, nargs="?", metavar="", **options)
+
+    def __call__(self, parser, namespace, value, option):
+        words = {"true": True, "1": True, "false": False, "0": False}
+        if value is not None and value.lower() not in words:
+            parser.error(f"{option} takes True or False, or no value, not {value!r}")
+        on = value is None or words[value.lower()]
+        setattr(namespace, self.dest, on != option.startswith("--no-"))
+
+
+def parsed(kind, **limits):
+    """A `type=` for argparse: text -> str, int or finite float within limits such as at_least=1."""
+    def parse(text):
+        try:
+            value = kind(text)
+            if kind is float and not math.isfinite(value):
+                raise ValueError
+        except ValueError:
+            words = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+        try:
+            check_value(value, limits)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+        return value
+    return parse
+
+
+def add_flags(parser, config, *names, **changes):
+    """Add a flag for each field of a dataclass, or for those named.
+
+    changes: options of add_argument that replace what the field says, as nargs="+".
+    """
+    for knob in dataclasses.fields(config):
+        if names and knob.name not in names:
+            continue
+        # int | None, for a value that need not be given, is parsed as int
+        kind = knob.type if isinstance(knob.type, type) else typing.get_args(knob.type)[0]
+        limits = knob.metadata["limits"]
+        if kind is bool:
+            options = {"action": Switch}
+        elif "one_of" in limits:
+            options = {"choices": list(limits["one_of"])}
+        else:
+            options = {"type": parsed(kind, **limits)}
+        options |= {"default": knob.default, "help": knob.metadata["help"], **changes}
+        parser.add_argument(f"--{knob.name}", **options)
+
+
+def add_scaling_flags(parser, several=False):
+    """--rope_scaling, --rope_factor, --attn_scaling; several: the first and the last take several values."""
+    group = parser.add_argument_group("beyond the trained context, without training")
+    changes, factor = {"nargs": "+", "default": ["none"]} if several else {}, parsed(float, at_least=1)
+    add_flags(group, GPTConfig, "rope_scaling", "attn_scaling", **changes)
+    add_flags(group, GPTConfig, "rope_factor", default="auto", help="how many trained contexts should look like one; "
+              "auto: as many as there are", type=lambda text: text if text == "auto" else factor(text))
+
+
+def parse_again(parser, argv, was, free):
+    """Parse argv with the values of an earlier run, was, as defaults.
+
+    Raises ValueError if a flag that is not in free has changed.
+    """
+    parser.set_defaults(**was)
+    args = parser.parse_args(argv)
+    changed = [f"--{name} was {was[name]} and is now {value}" for name, value in vars(args).items()
+               if name in was and name not in free and was[name] != value]
+    if changed:
+        raise ValueError(f"a run cannot be resumed with other flags: {'; '.join(changed)}: leave them out or start "
+                         "again in another --out_dir")
+    return args
+
+
+def run(main):
+    """Call main(). Turn a failure into one line on stderr and an exit code.
+
+    2: the command, or a file that it names, has to change (ValueError, a missing file).
+    1: it was correct and failed later (OSError, RuntimeError, a missing package). 130: Ctrl-C.
+    Any other exception is a defect of this project and keeps its traceback.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        wrong_command = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+        sys.exit(2 if isinstance(error, wrong_command) else 1)
