@@ -17,7 +17,7 @@ D = C / H channels per head, K rotated pairs of channels, V = vocab_size, L = bl
 """
 import math
 import operator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -385,29 +385,62 @@ class GPTConfig:
                                  at_least=0, at_most=1)
     hope_cutoff: float = knob(1.0, "hope: turns within L that a pair needs to be rotated",
                               at_least=0)
+    window_pattern: str = knob("L", "which layers see a short window (S) and which everything (L), "
+                               "such as SSSL; repeated over the layers, of which the last is L")
+    window: int = knob(0, "tokens that an S layer sees, its own included; 0: all", at_least=0)
+    local_pe: str | None = knob(None, "encoding of the S layers; default: that of pe", one_of=PE)
+    local_rope_base: float | None = knob(None, "rope_base of the S layers; default: that of the "
+                                         "others", above=1)
     rope_scaling: str = knob("none", "slow the rotation of rope, prope and hope down for contexts "
-                             "longer than the trained one", one_of=("none", *SCALINGS))
+                             "longer than the trained one; not in S layers with a window within L",
+                             one_of=("none", *SCALINGS))
     rope_factor: float = knob(1.0, "how many times longer", at_least=1)
     attn_scaling: str = knob("none", "logn: multiply the logits of the n-th query by ln n / ln L "
-                             "beyond L", one_of=("none", "logn"))
+                             "beyond L, in the same layers", one_of=("none", "logn"))
 
     def __post_init__(self):
         for knob in fields(self):
+            value, limits = getattr(self, knob.name), knob.metadata["limits"]
             try:
-                check_value(getattr(self, knob.name), knob.metadata["limits"])
+                if value is not None:
+                    check_value(value, limits)
             except ValueError as error:
                 raise ValueError(f"{knob.name} {error}") from None
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern must consist of the letters S and L, not "
+                             f"{self.window_pattern!r}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
-        rotary, head_dim = issubclass(PE[self.pe], RoPE), self.n_embd // self.n_head
+        head_dim = self.n_embd // self.n_head
+        rotary = [pe for pe in (self.pe, self.local_pe) if pe and issubclass(PE[pe], RoPE)]
         if rotary and head_dim % 2:
-            raise ValueError(f"pe {self.pe} rotates pairs of channels, and n_embd / n_head is "
+            raise ValueError(f"{rotary[0]} rotates pairs of channels, and n_embd / n_head is "
                              f"{head_dim}, an odd number: choose them so that it is even")
-        if issubclass(PE[self.pe], Sinusoidal) and self.n_embd % 2:
-            raise ValueError(f"pe sinusoidal needs an even n_embd, not {self.n_embd}")
         if self.rope_scaling != "none" and not rotary:
-            raise ValueError(f"rope_scaling {self.rope_scaling} needs a rotary encoding, and pe "
+            raise ValueError(f"rope_scaling {self.rope_scaling} needs a rotary encoding, and "
                              f"{self.pe} does not rotate")
+        if self.pe == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal needs an even n_embd, not {self.n_embd}")
+        if self.local_pe and PE[self.local_pe].embed is not PositionalEncoding.embed:
+            raise ValueError(f"local_pe {self.local_pe} acts on the embeddings, which all layers "
+                             "share: choose it as pe")
+
+    def kinds(self):
+        """The kind of each layer, "S" or "L"."""
+        return (self.window_pattern * self.n_layer)[:self.n_layer - 1] + "L"
+
+    def local(self):
+        """The configuration as it applies to the S layers: pe, rope_base and scalings are theirs.
+
+        A window within the trained context needs no scaling: it holds nothing unseen.
+        """
+        changes = {"pe": self.local_pe or self.pe,
+                   "rope_base": self.local_rope_base or self.rope_base}
+        if 0 < self.window <= self.block_size or not issubclass(PE[changes["pe"]], RoPE):
+            changes["rope_scaling"] = "none"
+        if 0 < self.window <= self.block_size:
+            changes["attn_scaling"] = "none"
+        return replace(self, **changes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,39 +448,47 @@ class GPTConfig:
 
 
 class View(NamedTuple):
-    """What a layer needs to know about positions. Computed once per forward; each may be None.
+    """What one kind of layer needs to know about positions. Computed once per forward.
 
     rotary: cos and sin (T, K). mask: added to the logits (1, H, T, Tk), or bool (T, Tk), True for
-    visible keys; None is plain causal attention. query_scale: factors on the queries (T, 1).
+    visible keys; None is plain causal attention. query_scale: factors on the queries (T, 1). Each
+    may be None. window: how many tokens a query sees, itself included; 0: all.
     """
 
     rotary: tuple | None
     mask: torch.Tensor | None
     query_scale: torch.Tensor | None
+    window: int
 
 
 class KVCache:
     """Keys and values of the tokens read so far: the next token then costs one query.
 
-    Allocates room for max_length tokens at the first use. Keys are stored rotated by their own
-    position, which later tokens do not change. A cache belongs to one model.
+    A layer with a window keeps window - 1 tokens. For the others, room for max_length tokens is
+    allocated at the first use. Keys are stored rotated by their own position, which later tokens do
+    not change. A cache belongs to one model.
     """
 
     def __init__(self, max_length):
         self.max_length = max_length
-        self.length = 0  # tokens stored; GPT.forward advances it
+        self.length = 0  # tokens read; GPT.forward advances it
         self.store = {}  # attention layer -> its keys and values
 
-    def append(self, layer, k, v):
-        """Store a layer's k and v (B, H, T, D) -> all its keys and values (B, H, length + T, D)."""
+    def append(self, layer, k, v, window):
+        """Store a layer's k and v (B, H, T, D) -> the keys and values that these T tokens see."""
+        B, H, T, D = k.shape
+        if window:
+            if layer in self.store:
+                k, v = (torch.cat(pair, dim=2) for pair in zip(self.store[layer], (k, v)))
+            first = max(0, k.size(2) - window + 1)  # of those that the next token sees
+            self.store[layer] = [x[:, :, first:].detach().clone() for x in (k, v)]
+            return k, v  # (B, H, at most window - 1 + T, D)
         if layer not in self.store:
-            B, H, _, D = k.shape
-            self.store[layer] = [x.new_empty(B, H, self.max_length, D) for x in (k, v)]
-        end = self.length + k.size(2)
+            self.store[layer] = [k.new_empty(B, H, self.max_length, D) for _ in range(2)]
+        end = self.length + T
         for stored, new in zip(self.store[layer], (k, v)):
             stored[:, :, self.length:end] = new.detach()
-        keys, values = self.store[layer]
-        return keys[:, :, :end], values[:, :, :end]
+        return [x[:, :, :end] for x in self.store[layer]]  # (B, H, length + T, D)
 
 
 class CausalSelfAttention(nn.Module):
@@ -470,7 +511,7 @@ class CausalSelfAttention(nn.Module):
         if view.query_scale is not None:
             q = q * view.query_scale.to(q.dtype)
         if cache is not None:
-            k, v = cache.append(self, k, v)  # (B, H, Tk, D)
+            k, v = cache.append(self, k, v, view.window)  # (B, H, Tk, D)
         # Without a mask the kernel builds the causal one itself and can take its fast path.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=view.mask, is_causal=view.mask is None and T > 1,
@@ -517,16 +558,24 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=PE[config.pe](config),  # GPT-2's name for its position table
+            wpe=PE[config.pe](config),  # GPT-2's name for its table of positions
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
+        # The S layers share the encoding of the L layers unless theirs is another one.
+        self.configs = {"L": config, "S": config.local()}
+        chosen = [(c.pe, c.rope_base, c.rope_scaling) for c in self.configs.values()]
+        self.encodings = {"L": self.transformer.wpe, "S": self.transformer.wpe}
+        if "S" in config.kinds() and chosen[0] != chosen[1]:
+            self.encodings["S"] = PE[self.configs["S"].pe](self.configs["S"])
+            self.transformer["wpe_local"] = self.encodings["S"]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.transformer.wte.weight = self.lm_head.weight  # tied
         for name, module in self.named_modules():
             self._init_weights(name, module)
-        self.transformer.wpe.reset_parameters()
+        for encoding in dict.fromkeys(self.encodings.values()):
+            encoding.reset_parameters()
 
     def _init_weights(self, name, module):
         # GPT-2's: standard deviation 0.02, divided by sqrt(2 n_layer) for the 2 n_layer matrices
@@ -538,12 +587,22 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def attention_mask(self, q_pos, k_pos):
-        """-> the mask of View, for queries and keys at these positions (Tq,) and (Tk,)."""
-        bias = self.transformer.wpe.bias(q_pos, k_pos)  # (H, Tq, Tk)
-        if bias is None and len(q_pos) in (1, len(k_pos)):
+    def view(self, kind, pos, past):
+        """The View of the S or of the L layers: queries at pos[past:], keys at pos."""
+        config, pe = self.configs[kind], self.encodings[kind]
+        window = config.window if kind == "S" else 0
+        q_pos, k_pos = pos[past:], pos[max(0, past - window + 1) if window else 0:]
+        rotary = pe.rotary(q_pos)
+        mask = self.attention_mask(pe.bias(q_pos, k_pos), q_pos, k_pos, window)
+        return View(rotary, mask, self.query_scale(config, q_pos, rotary is not None), window)
+
+    def attention_mask(self, bias, q_pos, k_pos, window):
+        """Bias (H, Tq, Tk) or None -> the mask of View, for queries and keys at these positions."""
+        if bias is None and len(q_pos) in (1, len(k_pos)) and not 0 < window < len(k_pos):
             return None  # a single query sees all keys; the kernel knows plain causal attention
         visible = k_pos <= q_pos[:, None]  # (Tq, Tk)
+        if window:
+            visible &= k_pos > q_pos[:, None] - window
         if bias is None:
             return visible
         device, dtype = bias.device.type, self.lm_head.weight.dtype
@@ -551,7 +610,7 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device)  # the kernel wants the type of the queries
         return torch.where(visible, bias, -math.inf).to(dtype)[None]  # (1, H, Tq, Tk)
 
-    def query_scale(self, pos):
+    def query_scale(self, config, pos, rotated):
         """-> the query_scale of View, for queries at positions (T,) beyond the trained context.
 
         yarn: (0.1 ln factor + 1)^2, the temperature of arXiv 2309.00071, eqs. 21 and 22, on the
@@ -559,8 +618,8 @@ class GPT(nn.Module):
         logn: max(1, ln n / ln L) for the n-th token keeps attention over more keys as sharp
         (J. Su; arXiv 2501.19399 has a learned relative). A bias is not multiplied.
         """
-        config, scale = self.config, None
-        if config.rope_scaling == "yarn":
+        scale = None
+        if config.rope_scaling == "yarn" and rotated:
             scale = torch.full((len(pos), 1), (0.1 * math.log(config.rope_factor) + 1) ** 2,
                                device=pos.device)
         if config.attn_scaling == "logn":
@@ -585,13 +644,12 @@ class GPT(nn.Module):
                              f"not for {end}")
         if cache is not None and end > cache.max_length:
             raise ValueError(f"the cache has room for {cache.max_length} tokens, not for {end}")
-        k_pos = torch.arange(end, device=idx.device)
-        q_pos = k_pos[past:]
+        pos, kinds = torch.arange(end, device=idx.device), self.config.kinds()
 
-        x = self.transformer.drop(pe.embed(self.transformer.wte(idx), q_pos))  # (B, T, C)
-        view = View(pe.rotary(q_pos), self.attention_mask(q_pos, k_pos), self.query_scale(q_pos))
-        for block in self.transformer.h:
-            x = block(x, view, cache)
+        x = self.transformer.drop(pe.embed(self.transformer.wte(idx), pos[past:]))  # (B, T, C)
+        views = {kind: self.view(kind, pos, past) for kind in sorted(set(kinds))}
+        for block, kind in zip(self.transformer.h, kinds):
+            x = block(x, views[kind], cache)
         if cache is not None:
             cache.length = end  # only now: all layers have stored their keys
         x = self.transformer.ln_f(x)
