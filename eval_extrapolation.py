@@ -22,7 +22,7 @@ from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from data.loader import document_windows, text_to_score
-from model import PE, KVCache, RoPE
+from model import GPTConfig, KVCache
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What is scored
@@ -51,11 +51,16 @@ def windows_at_a_time(config, length, chunk, device):
     return max(1, int(memory / (4 * (cached + at_work))))
 
 
-def scalings(args, pe):
-    """The combinations of the scaling flags' values that an encoding allows -> overrides of its configuration."""
-    rope_scalings = args.rope_scaling if issubclass(PE[pe], RoPE) else ["none"]
-    return [{"rope_scaling": rope, "rope_factor": 1.0 if rope == "none" else args.rope_factor, "attn_scaling": attn}
-            for rope in rope_scalings for attn in args.attn_scaling]
+def scalings(args, config):
+    """The combinations of the scaling flags' values that a configuration allows -> overrides of it.
+
+    Values that are not given stay as they were in training.
+    """
+    config = GPTConfig(**config)
+    rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary() else [config.rope_scaling]
+    factors = {"none": 1.0} if args.rope_scaling else {config.rope_scaling: config.rope_factor}
+    return [{"rope_scaling": rope, "rope_factor": factors.get(rope, args.rope_factor), "attn_scaling": attn}
+            for rope in rope_scalings for attn in args.attn_scaling or [config.attn_scaling]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -242,7 +247,7 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
         with place.autocast():  # within L nothing is scaled: one local score serves all scalings
             local_losses = score_local(load_model(checkpoint).to(place.device), windows, config["block_size"],
                                        batch_size)
-        for scaling in scalings(args, config["pe"]):
+        for scaling in scalings(args, config):
             with place.autocast():
                 losses = score_scaled(checkpoint, scaling, windows, edges, args.chunk, batch_size)
             if not losses[:, :config["block_size"]].isfinite().all():

@@ -161,7 +161,7 @@ class RoPE(PositionalEncoding):
         n_turning = self.n_turning(theta, config)
         if config.rope_scaling != "none":
             theta = SCALINGS[config.rope_scaling](
-                theta, config.rope_base, config.block_size, config.rope_factor)
+                theta, config.rope_base, config.rope_context or config.block_size, config.rope_factor)
         self.theta = theta[:n_turning].float()  # (K,)
 
     def n_turning(self, theta, config):
@@ -195,7 +195,8 @@ class HoPE(RoPE):
     """
 
     def n_turning(self, theta, config):
-        turns = theta * config.block_size / (2 * math.pi)  # turns of each pair within L tokens
+        L = config.rope_context or config.block_size
+        turns = theta * L / (2 * math.pi)  # turns of each pair within the trained context
         return int((turns >= config.hope_cutoff).sum())
 
 
@@ -395,6 +396,8 @@ class GPTConfig:
                              "longer than the trained one; not in S layers with a window within L",
                              one_of=("none", *SCALINGS))
     rope_factor: float = knob(1.0, "how many times longer", at_least=1)
+    rope_context: int | None = knob(None, "the context that rope_scaling starts from; default: "
+                                    "block_size", at_least=2)
     attn_scaling: str = knob("none", "logn: multiply the logits of the n-th query by ln n / ln L "
                              "beyond L, in the same layers", one_of=("none", "logn"))
 
@@ -412,11 +415,10 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
         head_dim = self.n_embd // self.n_head
-        rotary = [pe for pe in (self.pe, self.local_pe) if pe and issubclass(PE[pe], RoPE)]
-        if rotary and head_dim % 2:
-            raise ValueError(f"{rotary[0]} rotates pairs of channels, and n_embd / n_head is "
+        if self.rotary() and head_dim % 2:
+            raise ValueError(f"{self.rotary()[0]} rotates pairs of channels, and n_embd / n_head is "
                              f"{head_dim}, an odd number: choose them so that it is even")
-        if self.rope_scaling != "none" and not rotary:
+        if self.rope_scaling != "none" and not self.rotary():
             raise ValueError(f"rope_scaling {self.rope_scaling} needs a rotary encoding, and "
                              f"{self.pe} does not rotate")
         if self.pe == "sinusoidal" and self.n_embd % 2:
@@ -424,6 +426,10 @@ class GPTConfig:
         if self.local_pe and PE[self.local_pe].embed is not PositionalEncoding.embed:
             raise ValueError(f"local_pe {self.local_pe} acts on the embeddings, which all layers "
                              "share: choose it as pe")
+
+    def rotary(self):
+        """Those of its encodings that rotate."""
+        return [pe for pe in (self.pe, self.local_pe) if pe and issubclass(PE[pe], RoPE)]
 
     def kinds(self):
         """The kind of each layer, "S" or "L"."""

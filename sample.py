@@ -55,11 +55,12 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     ids = encode_checked(tokenizer, start, checkpoint)
     idx = torch.from_numpy(ids.astype("int64"))[None].to(place.device)  # (1, T)
-    # One factor for the whole text: cached keys are rotated already.
-    factor = max(1.0, (len(ids) + args.max_new_tokens) / checkpoint["config"]["block_size"])
-    factor = factor if args.rope_factor == "auto" else args.rope_factor
-    model = load_model(checkpoint, rope_scaling=args.rope_scaling, attn_scaling=args.attn_scaling,
-                       rope_factor=factor).to(place.device)
+    overrides = {name: getattr(args, name) for name in ("rope_scaling", "attn_scaling") if getattr(args, name)}
+    if args.rope_scaling:  # one factor for the whole text: cached keys are rotated already
+        length = len(ids) + args.max_new_tokens
+        overrides["rope_factor"] = (max(1.0, length / checkpoint["config"]["block_size"])
+                                    if args.rope_factor == "auto" else args.rope_factor)
+    model = load_model(checkpoint, **overrides).to(place.device)
     for _ in range(args.num_samples):
         print(start, end="", flush=True)
         with place.autocast():

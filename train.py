@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import flags
-from common.checkpoint import append_log, cut_log, load_checkpoint, lock, save_checkpoint
+from common.checkpoint import append_log, cut_log, init_weights, load_checkpoint, lock, save_checkpoint
 from common.device import DeviceConfig, Place, explained_failures, pick_compile, stop_signals
-from common.optimizer import OptimizerConfig, learning_rate_at, make_optimizer
+from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from common.report import describe_result, describe_run
 from data.loader import DEFAULT_DATASET, open_dataset, token_tensor, training_batch, validation_batches
+from data.tokenizer import checkpoint_tokenizer
 from model import GPT, GPTConfig, knob
 
 
@@ -37,6 +38,8 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     dataset: str = knob(DEFAULT_DATASET, "folder made by data.prepare; the default one is made automatically")
     out_dir: str = knob("out/default", "folder for checkpoints and log")
     resume: bool = knob(False, "continue from out_dir/ckpt.pt, with the flags stored there")
+    init_from: str | None = knob(None, "start from the weights of a run's folder or checkpoint (nanoGPT's too), with a "
+                                 "new schedule; --pe, --block_size and others may differ")
     seed: int = knob(1, "determines the batches and the initial weights", at_least=0, at_most=2**32)
     max_iters: int = knob(600, "optimizer steps", at_least=1)
     batch_size: int = knob(32, "windows of block_size tokens per micro-batch", at_least=1)
@@ -51,13 +54,16 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     compile: bool | None = knob(None, "torch.compile: the first step takes a minute, the others less time; default: "
                                 "on if Triton can build kernels for the GPU")
 
+    def __post_init__(self):
+        super().__post_init__()
+        self.lr_decay_iters = self.lr_decay_iters or self.max_iters  # stored: it stays if max_iters grows
 
-# The vocabulary comes with the text. The rotary scalings are for evaluation and sampling.
-NETWORK_FLAGS = [knob.name for knob in fields(GPTConfig)
-                 if knob.name not in ("vocab_size", "rope_scaling", "rope_factor", "attn_scaling")]
-# What a resumed run may change: where it runs, how far it goes and what it saves, but nothing that it computes.
-FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compile", "save_interval", "save_minutes",
-                  "keep_every"}
+
+# The vocabulary comes with the text; attn_scaling is for evaluation and sampling.
+NETWORK_FLAGS = [knob.name for knob in fields(GPTConfig) if knob.name not in ("vocab_size", "attn_scaling")]
+# What a resumed run may change: where it runs, how far it goes, what it measures and saves, but not what it computes.
+FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compile", "eval_interval", "eval_iters",
+                  "save_interval", "save_minutes", "keep_every"}
 
 
 def train(run, signals, bar):
@@ -122,9 +128,7 @@ class Run:
     def step(self):
         """One optimizer step on gradient_accumulation_steps micro-batches."""
         config, place = self.config, self.place
-        self.lr = learning_rate_at(self.iter, config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+        self.lr = set_learning_rate(self.optimizer, self.iter, config)
         micro_batches = range(place.rank, config.gradient_accumulation_steps, place.n_processes)  # this rank's
         train_loss = torch.zeros((), device=place.device)
         for i in micro_batches:
@@ -236,7 +240,10 @@ class Run:
 
 
 def parse(argv):
-    """-> GPTConfig, TrainConfig, checkpoint to resume from or None. Raises ValueError if they do not fit together."""
+    """-> GPTConfig, TrainConfig, and the checkpoint to resume or to start from, or None.
+
+    Raises ValueError if they do not fit together.
+    """
     parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo")
     flags.add_flags(parser.add_argument_group("network"), GPTConfig, *NETWORK_FLAGS)
     flags.add_flags(parser.add_argument_group("run"), TrainConfig)
@@ -245,14 +252,17 @@ def parse(argv):
     if args.resume:
         checkpoint = load_checkpoint(out_dir / "ckpt.pt")
         if "optimizer" not in checkpoint:
-            raise ValueError(f"{out_dir}/ckpt.pt holds weights only, which can be scored and sampled but not resumed: "
-                             "start again in another --out_dir")
-        args = flags.parse_again(parser, argv, checkpoint["args"], FREE_ON_RESUME)
+            raise ValueError(f"{out_dir}/ckpt.pt holds weights only, which can be scored, sampled and named by "
+                             "--init_from, but not resumed")
+        was = {"optimizer": "adamw", **checkpoint["args"]}  # before there was a choice, it was AdamW
+        args = flags.parse_again(parser, argv, was, FREE_ON_RESUME)
         if args.max_iters < checkpoint["iter"]:
             raise ValueError(f"{out_dir} has done {checkpoint['iter']} steps, more than --max_iters {args.max_iters}")
     elif any(out_dir.glob("*.pt")):
         raise ValueError(f"{out_dir} holds a run: add --resume to continue it, or choose another --out_dir")
-    args.lr_decay_iters = args.lr_decay_iters or args.max_iters  # stored: it stays when max_iters grows
+    elif args.init_from:
+        checkpoint = load_checkpoint(args.init_from)
+        args = flags.parse_from(parser, argv, checkpoint["config"], NETWORK_FLAGS)
     network = GPTConfig(**{name: getattr(args, name) for name in NETWORK_FLAGS})
     return network, TrainConfig(**{knob.name: getattr(args, knob.name) for knob in fields(TrainConfig)}), checkpoint
 
@@ -264,9 +274,10 @@ def open_text(network, config, checkpoint):
         if len(part) <= network.block_size:
             raise ValueError(f"{config.dataset}/{name}.bin has {len(part)} tokens and a window needs block_size + 1 = "
                              f"{network.block_size + 1}: use more text or a smaller --block_size")
-    if checkpoint and (checkpoint["dataset"]["sha256"], checkpoint["tokenizer"]) != (meta["sha256"], meta["tokenizer"]):
-        raise ValueError(f"{config.dataset} is not the text that {config.out_dir} was trained on: the sha256 or the "
-                         "tokenizer differs")
+    if checkpoint and checkpoint_tokenizer(checkpoint).to_dict() != meta["tokenizer"]:
+        raise ValueError(f"{config.dataset} has another tokenizer than the checkpoint: name another --dataset")
+    if config.resume and checkpoint["dataset"]["sha256"] != meta["sha256"]:
+        raise ValueError(f"{config.dataset} is not the text that {config.out_dir} was trained on: the sha256 differs")
     return meta, ids
 
 
@@ -276,17 +287,21 @@ def main(argv=None):
     place.join_processes(config.gradient_accumulation_steps)
     meta, ids = open_text(network, config, checkpoint)
     ids = {name: token_tensor(part, place.device) for name, part in ids.items()}
-    network = replace(network, vocab_size=meta["vocab_size"])
+    # A checkpoint's vocabulary can be larger than its tokenizer's: nanoGPT pads it.
+    network = replace(network, vocab_size=checkpoint["config"]["vocab_size"] if checkpoint else meta["vocab_size"])
     out_dir.mkdir(parents=True, exist_ok=True)
     try:
         with (lock(out_dir, wait=False) if place.rank == 0 else nullcontext(),
               explained_failures(network, config, place)):
             run = Run(network, config, meta, ids, place)
-            if checkpoint:
+            taken = None
+            if config.resume:
                 run.load(checkpoint)
+            elif checkpoint:
+                taken = init_weights(run.model, checkpoint)
             if place.rank == 0:
                 cut_log(out_dir / "log.jsonl", run.logged)
-                describe_run(run)
+                describe_run(run, taken)
             with stop_signals() as signals, tqdm(total=config.max_iters, initial=run.iter, unit="step",
                                                  dynamic_ncols=True, disable=place.rank > 0) as bar:
                 stopped = train(run, signals, bar)

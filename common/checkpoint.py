@@ -7,6 +7,7 @@ run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -111,6 +112,31 @@ def load_model(checkpoint, **overrides):
     except RuntimeError as error:  # a page of shapes
         raise ValueError("the weights of the checkpoint do not fit its configuration") from error
     return model.eval()
+
+
+def init_weights(model, checkpoint):
+    """Copy the weights of a checkpoint into a model -> (names taken, names that are new, names left out).
+
+    The encoding's own values carry over if the encoding is the same. The network around it has to be: raises
+    ValueError with what differs.
+    """
+    was, now = checkpoint["config"], asdict(model.config)
+    fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
+             if was.get(name, now[name]) != now[name]]
+    if fixed:
+        raise ValueError("--init_from cannot change " + ", ".join(f"{name} ({was[name]} there, {now[name]} here)"
+                                                                  for name in fixed) + ": leave these flags out")
+    weights, own = checkpoint["model"], model.state_dict()
+    dropped = {name for encoding, module in (("pe", "wpe."), ("local_pe", "wpe_local."))
+               for name in weights if name.startswith(f"transformer.{module}") and was.get(encoding) != now[encoding]}
+    taken = [name for name in own if name in weights and name not in dropped]
+    for name in taken:
+        if weights[name].shape != own[name].shape:
+            raise ValueError(f"--init_from: {name} has shape {tuple(weights[name].shape)} there and "
+                             f"{tuple(own[name].shape)} here; learned positions cannot change their block_size: "
+                             "choose another --pe or the same --block_size")
+    model.load_state_dict({**own, **{name: weights[name] for name in taken}})
+    return taken, [name for name in own if name not in taken], [name for name in weights if name not in taken]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -108,8 +108,9 @@ def add_flags(parser, config, *names, **changes):
 def add_scaling_flags(parser, several=False):
     """--rope_scaling, --rope_factor, --attn_scaling; several: the first and the last take several values."""
     group = parser.add_argument_group("beyond the trained context, without training")
-    changes, factor = {"nargs": "+", "default": ["none"]} if several else {}, parsed(float, at_least=1)
-    add_flags(group, GPTConfig, "rope_scaling", "attn_scaling", **changes)
+    changes, factor = {"nargs": "+"} if several else {}, parsed(float, at_least=1)
+    changes |= {"default": None}
+    add_flags(group, GPTConfig, "rope_scaling", "attn_scaling", **changes)  # None: as in training
     add_flags(group, GPTConfig, "rope_factor", default="auto", help="how many trained contexts should look like one; "
               "auto: as many as there are", type=lambda text: text if text == "auto" else factor(text))
 
@@ -126,6 +127,18 @@ def parse_again(parser, argv, was, free):
     if changed:
         raise ValueError(f"a run cannot be resumed with other flags: {'; '.join(changed)}: leave them out or start "
                          "again in another --out_dir")
+    return args
+
+
+def parse_from(parser, argv, config, names):
+    """Parse argv with the named values of a checkpoint's configuration as defaults.
+
+    A larger block_size with rope_scaling means that the rotation was slowed down from the checkpoint's block_size.
+    """
+    parser.set_defaults(**{name: config[name] for name in names if name in config})
+    args = parser.parse_args(argv)
+    if args.rope_scaling != "none" and args.rope_scaling != config.get("rope_scaling") and not args.rope_context:
+        args.rope_context = config["block_size"]
     return args
 
 

@@ -64,7 +64,7 @@ def print_model(model):
               "head; tokens per turn: " + " ".join(f"{tokens:,.{int(tokens < 20)}f}" for tokens in wavelengths))
 
 
-def describe_run(run):
+def describe_run(run, taken=None):
     """Print what is about to happen, so that a wrong flag is noticed now and not in the morning."""
     config, n_train = run.config, len(run.ids["train"])
     print_model(run.model)
@@ -75,8 +75,15 @@ def describe_run(run):
           f"{total / n_train:.2g} x the text")
     print(f"device    {run.place}, {str(run.place.dtype).removeprefix('torch.')}, seed {config.seed}"
           + ", compiled: the first step takes a minute" * run.compiled)
+    if taken:
+        same, new, dropped = taken
+        print(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
+              f"{', '.join(dropped) or 'none'}")
     if run.iter:
         print(f"resuming  after step {run.iter:,}")
+        if config.max_iters > run.iter >= config.lr_decay_iters:
+            print(f"note      the schedule ended at step {config.lr_decay_iters:,}: the learning rate stays at its "
+                  "minimum")
 
 
 def describe_result(run, stopped):

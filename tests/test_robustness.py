@@ -290,10 +290,12 @@ def test_a_run_goes_on_where_auto_means_another_number_format(dataset, tmp_path,
         assert checkpoint["iter"] == int(steps) and bool(checkpoint["scaler"]) == (dtype == torch.float16)
 
 
-def test_two_processes_take_the_steps_of_one(dataset, tmp_path):
-    flags = ["--max_iters", "10", "--gradient_accumulation_steps", "4"]
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
+    flags = ["--max_iters", "10", "--gradient_accumulation_steps", "4", "--optimizer", optimizer,
+             "--learning_rate", "2e-3", "--muon_learning_rate", "2e-3"]
     one = run(dataset, tmp_path / "one", *flags)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511", "train.py",
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
                *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "two"), *flags]
     subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     two = load_checkpoint(tmp_path / "two" / "ckpt.pt")

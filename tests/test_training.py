@@ -150,19 +150,58 @@ def test_learning_rate_warms_up_and_follows_a_cosine_to_its_minimum():
     assert rates == pytest.approx([1 / 11, 10 / 11, 1, 0.55, 0.1, 0.1])
 
 
+def made_optimizer(model, **changes):
+    made = optimizer.make_optimizer(model, optimizer.OptimizerConfig(**changes), torch.device("cpu"))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return made, [[names[id(parameter)] for parameter in group["params"]] for group in made.param_groups]
+
+
 def test_weight_decay_spares_norms_biases_and_what_encodings_learn():
     model = tiny("learned")
-    made = optimizer.make_optimizer(model, optimizer.OptimizerConfig(), torch.device("cpu"))
-    decayed, spared = (group["params"] for group in made.param_groups)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)].split(".")[-2] for p in decayed} == {"wte", "c_attn", "c_proj", "c_fc"}
-    assert all(p.dim() == 1 or names[id(p)] == "transformer.wpe.weight" for p in spared)
-    assert len(decayed) + len(spared) == len(names)
+    made, (decayed, spared) = made_optimizer(model, optimizer="adamw")
+    assert {name.split(".")[-2] for name in decayed} == {"wte", "c_attn", "c_proj", "c_fc"}
+    weights = dict(model.named_parameters())
+    assert all(weights[name].dim() == 1 or name == "transformer.wpe.weight" for name in spared)
+    assert len(decayed) + len(spared) == len(weights)
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.0]
 
 
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest():
+    model = tiny("t5")
+    made, (matrices, embeddings, vectors) = made_optimizer(model)
+    assert len(matrices) == 8 and {name.split(".")[-2] for name in matrices} == {"c_attn", "c_proj", "c_fc"}
+    assert embeddings == ["transformer.wte.weight"] and "transformer.wpe.table" in vectors
+    assert len(matrices) + len(embeddings) + len(vectors) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.1, 0.0]
+
+
+def test_one_step_of_muon_moves_all_directions_of_a_matrix_by_its_rate_and_adamw_the_rest_by_its_own():
+    model, idx = tiny("hope", n_embd=64), torch.randint(50, (4, 20))
+    config = optimizer.OptimizerConfig(warmup_iters=0, lr_decay_iters=10, weight_decay=0.0, learning_rate=1e-3)
+    made = optimizer.make_optimizer(model, config, torch.device("cpu"))
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    model(idx, idx)[1].backward()
+    assert optimizer.set_learning_rate(made, 0, config) == pytest.approx(1e-3)
+    made.step()
+    moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+    singular = torch.linalg.svdvals(moved["transformer.h.0.attn.c_proj.weight"])
+    assert 0.5 * 0.02 < singular.median() and singular.max() < 1.3 * 0.02  # Newton-Schulz is approximate
+    assert moved["transformer.ln_f.weight"].abs().max().item() == pytest.approx(1e-3, rel=1e-2)
+    optimizer.set_learning_rate(made, 10, config)  # the end of the schedule: a tenth of both
+    assert sorted({group["lr"] for group in made.param_groups}) == pytest.approx([1e-4, 2e-3])
+
+
+def test_rates_that_are_not_given_depend_on_the_optimizer():
+    for name, rate in (("muon", 2e-2), ("adamw", 5e-3)):
+        config = optimizer.OptimizerConfig(optimizer=name)
+        assert (config.learning_rate, config.min_lr) == pytest.approx((rate, rate / 10))
+    assert optimizer.OptimizerConfig(learning_rate=1.0, min_lr=0.0).min_lr == 0.0
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("pe", ["hope", "learned"])
-def test_ten_steps_resumed_for_ten_more_give_the_weights_of_twenty(dataset, tmp_path, pe):
-    flags = ["--pe", pe, "--dropout", "0.2", "--lr_decay_iters", "20"]
+def test_ten_steps_resumed_for_ten_more_give_the_weights_of_twenty(dataset, tmp_path, pe, optimizer):
+    flags = ["--pe", pe, "--optimizer", optimizer, "--dropout", "0.2", "--lr_decay_iters", "20"]
     whole = run(dataset, tmp_path / "whole", *flags, "--max_iters", "20")
     run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
     train.main(["--resume", "--out_dir", str(tmp_path / "parts"), "--max_iters", "20"])
