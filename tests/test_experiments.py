@@ -1,46 +1,65 @@
 """
-The experiments on models whose answer is known before they are asked.
+The experiments, on models whose answers are known beforehand: attention, theory, recall, pictures, logs, benchmark.
 
     python -m pytest tests/test_experiments.py
 """
+import importlib
 import json
 import math
 import shutil
+import sys
+from functools import partial
 
 import pytest
 import torch
 
-import experiments.analyze_attention as analyze_attention
-import experiments.recall as recall
-import experiments.theory as theory
 import model as model_file
+from common import report
+from common.checkpoint import load_checkpoint, save_checkpoint
+from common.device import DeviceConfig, Place
+from common.report import rounded, run_names
+from experiments import (
+    analyze_attention,
+    bench,
+    draw_attention,
+    draw_encodings,
+    draw_idea,
+    plot_log,
+    recall,
+    theory,
+)
 from experiments.analyze_attention import attention_inputs, logits_of, measure, pair_logits, pair_swing, position_bins
-from experiments.output import rounded, run_names
-from model import PE, GPTConfig, rope_frequencies, rotate
+from model import PE, GPTConfig, alibi_slopes, frequencies, rotate
 from tests.test_encodings import tiny
 
 L = 32
+CPU = Place(DeviceConfig(device="cpu", dtype="float32"))
+
+
+def theta_of(head_dim):
+    """RoPE's frequencies in the precision in which the model has them (head_dim / 2,)."""
+    return frequencies(head_dim).float()
 
 
 def constant_attention(pe="rope", distance=None, head=0):
-    """A model whose queries and keys do not look at the text: zero, or such that a head attends to a distance."""
-    model = tiny(pe, block_size=L, n_embd=64)                                                # 2 heads of 32 channels
+    """A model whose queries and keys ignore the text: zero, or such that one head attends to a distance."""
+    model = tiny(pe, block_size=L, n_embd=64)  # 2 heads of 32 channels
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_attn.weight.zero_()
             block.attn.c_attn.bias.zero_()
             if distance is not None:
                 q = torch.ones(1, 32) * 3
-                k = theory.key_that_peaks_at(q, rope_frequencies(32), distance)
+                k = theory.key_that_peaks_at(q, theta_of(32), distance)
                 block.attn.c_attn.bias[32 * head:32 * (head + 1)] = q[0]
                 block.attn.c_attn.bias[64 + 32 * head:64 + 32 * (head + 1)] = k[0]
     return model
 
 
-def measured(model, length=2 * L):
+def measured(model, length=2 * L, **options):
     windows = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
     starts = position_bins(L, length)
-    return {name: x.mean(0) for name, x in measure(model, windows, starts).items()}, starts
+    return {name: x.mean(0) for name, x in measure(model, windows, starts, **options).items()}, starts
 
 
 # --- looking inside attention
@@ -48,7 +67,7 @@ def measured(model, length=2 * L):
 
 @pytest.mark.parametrize("pe", PE)
 def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(pe, monkeypatch):
-    """Its own: what scaled_dot_product_attention is given, in each layer."""
+    """Its own attention: what scaled_dot_product_attention is given, in each layer."""
     seen = []
     attend = model_file.F.scaled_dot_product_attention
 
@@ -83,9 +102,9 @@ def test_the_shares_of_the_pairs_are_their_covariance_with_the_logit_and_add_up_
     q, k, _, _ = attention_inputs(model, idx)[0]
     covariance, variance = torch.zeros(8), 0.0
     for head in range(2):
-        parts = pair_logits(q[head], k[head])                                                # (P, T, T)
+        parts = pair_logits(q[head], k[head])  # (P, T, T)
         for i in range(L // 2, L):
-            seen = parts[:, i, :i + 1] - parts[:, i, :i + 1].mean(-1, keepdim=True)          # (P, i + 1)
+            seen = parts[:, i, :i + 1] - parts[:, i, :i + 1].mean(-1, keepdim=True)  # (P, i + 1)
             covariance += (seen * seen.sum(0)).mean(-1)
             variance += seen.sum(0).square().mean()
     torch.testing.assert_close(found["inside/pair_share"], covariance / variance, atol=1e-4, rtol=1e-3)
@@ -103,7 +122,7 @@ def test_a_head_built_to_attend_to_a_distance_is_found_there(distance):
 
 def test_uniform_attention_has_entropy_ln_n_and_weight_1_over_n_and_no_favourite_distance():
     found, starts = measured(constant_attention())
-    for i, start in enumerate(starts[:8]):                                                   # bins of one token
+    for i, start in enumerate(starts[:8]):  # bins of one token
         assert found["entropy"][0, i].item() == pytest.approx(math.log(start + 1), abs=1e-5)
     expected = sum(1 / (n + 1) for n in range(L // 2, L)) / (L // 2)
     assert found["inside/weight_by_distance"][0, 3].item() == pytest.approx(expected, abs=1e-6)
@@ -114,7 +133,7 @@ def test_uniform_attention_has_entropy_ln_n_and_weight_1_over_n_and_no_favourite
 def test_a_pair_with_a_planted_norm_is_where_the_norms_say():
     model = tiny("rope", block_size=L)
     with torch.no_grad():
-        for at in (5, 5 + 8):                                                                # pair 5 of head 0's q
+        for at in (5, 5 + 8):  # pair 5 of head 0's q
             model.transformer.h[1].attn.c_attn.weight[at] *= 20
     found, _ = measured(model)
     assert found["norm/q"][1].argmax() == 5
@@ -123,9 +142,9 @@ def test_a_pair_with_a_planted_norm_is_where_the_norms_say():
         assert found[f"norm/{name}"][layer].max() < 2 * found[f"norm/{name}"][layer].median()
 
 
-def test_past_L_slow_pairs_leave_their_range_and_pairs_that_have_turned_once_do_not():
+def test_beyond_L_slow_pairs_leave_their_range_and_pairs_that_complete_a_turn_do_not():
     """q = k in one of two heads: S_j is 9 cos(distance * theta_j) / sqrt(32). HoPE lets no pair leave."""
-    wavelength = 2 * math.pi / rope_frequencies(32)
+    wavelength = 2 * math.pi / theta_of(32)
     swing = {}
     for pe in ("rope", "hope"):
         found, starts = measured(constant_attention(pe, distance=0), length=8 * L)
@@ -135,12 +154,30 @@ def test_past_L_slow_pairs_leave_their_range_and_pairs_that_have_turned_once_do_
     assert (swing["rope"][(wavelength > 2.5 * L) & (wavelength < 8 * L)] > 0.5).all()
 
 
-def test_logn_scaling_sharpens_attention_past_L_only():
+def test_logn_scaling_sharpens_attention_beyond_L_only():
     plain, starts = measured(tiny("hope", block_size=L), length=4 * L)
     scaled, _ = measured(tiny("hope", block_size=L, attn_scaling="logn"), length=4 * L)
     inside = torch.tensor(starts) < L
     torch.testing.assert_close(plain["entropy"][:, inside], scaled["entropy"][:, inside])
     assert (plain["entropy"][:, ~inside] > scaled["entropy"][:, ~inside]).all()
+
+
+@pytest.mark.parametrize("pe", ["hope", "alibi"])
+def test_a_layer_with_a_window_has_statistics_of_its_window_only(pe):
+    """The window is a bool mask for hope and part of the bias for alibi. L = 32, 8 tokens in the first layer."""
+    model = tiny(pe, block_size=L, window_pattern="SL", window=8)
+    found, starts = measured(model, length=4 * L)
+    for name in ("inside/weight_by_distance", "beyond/logit_by_distance", "beyond/pair_by_distance"):
+        assert found[name][0, ..., :8].isfinite().all() and found[name][0, ..., 8:].isnan().all()
+        assert found[name][1].isfinite().sum() > found[name][0].isfinite().sum()
+    assert found["beyond/weight_by_distance"][0, :8].sum() == pytest.approx(1, abs=1e-4)
+    assert found["entropy"][0].max() < math.log(8) < found["entropy"][1].max()
+    assert found["inside/pair_share"].isfinite().all()
+    run = analyze_attention.analyze({"config": vars(model.config), "model": model.state_dict(), "iter": 0},
+                                    torch.randint(50, (2, 4 * L)), CPU)
+    swing = torch.tensor(run["beyond/pair_swing"]["layers"])
+    assert (swing[0] == 0).all() and torch.tensor(run["inside/pair_swing"]["layers"]).isfinite().all()
+    assert torch.tensor(run["inside/logit_by_distance"]["mean"])[torch.tensor(starts) < L].isfinite().all()
 
 
 def test_bins_start_at_every_small_distance_and_at_L():
@@ -150,7 +187,7 @@ def test_bins_start_at_every_small_distance_and_at_L():
         assert block_size in starts or block_size == length
 
 
-def test_analysis_of_checkpoints_writes_json_and_four_pictures(finished_run, tmp_path, capsys):
+def test_analysis_of_checkpoints_writes_json_and_its_pictures(finished_run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     kept = shutil.copy(f"{finished_run}/best.pt", str(tmp_path / "ckpt_000010.pt"))
     analyze_attention.main([kept, "--windows", "2", "--device", "cpu", "--json", str(tmp_path / "a.json"),
@@ -158,50 +195,99 @@ def test_analysis_of_checkpoints_writes_json_and_four_pictures(finished_run, tmp
     result = json.loads((tmp_path / "a.json").read_text())
     assert [run["name"] for run in result["runs"]] == ["ckpt_000010"] and result["runs"][0]["iter"] == 10
     assert {"command", "device", "dataset_sha256"} <= set(result)
-    assert all((tmp_path / f"a_{name}.png").stat().st_size > 1000 for name in analyze_attention.PICTURES)
+    assert all((tmp_path / f"a_{name}.png").stat().st_size > 1000 for name in draw_attention.DRAWINGS)
     assert "after 10 steps" in capsys.readouterr().out
 
 
-def test_an_encoding_without_values_past_L_is_analyzed_inside_alone():
+def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():
     checkpoint = {"config": vars(tiny("learned").config), "model": tiny("learned").state_dict(), "iter": 0}
-    run = analyze_attention.analyze(checkpoint, torch.randint(50, (2, 128)), torch.device("cpu"), torch.no_grad())
+    run = analyze_attention.analyze(checkpoint, torch.randint(50, (2, 128)), CPU)
     assert run["length"] == 32 and "inside/pair_share" in run and "beyond/pair_share" not in run
     assert run["n_turning"] == 0
+
+
+def test_statistics_do_not_suffer_from_the_number_format_of_the_forward():
+    """Sums of more than 256 terms stop growing in bfloat16: mean logits of 25 then came out as 16."""
+    model = constant_attention(distance=7)
+    exact, _ = measured(model, length=8 * L)
+    found, _ = measured(model, length=8 * L, autocast=partial(torch.autocast, "cpu", dtype=torch.bfloat16))
+    for name, expected in exact.items():
+        atol = 0.01 * expected.nan_to_num().abs().max().item()
+        torch.testing.assert_close(found[name], expected, atol=atol, rtol=0, equal_nan=True, msg=name)
+
+
+@pytest.mark.parametrize("max_factor, block_sizes", [(2, [16]), (1, [16]), (2, [16, 32]), (1, [32, 64]), (4, [16, 64])])
+def test_runs_are_analyzed_at_their_own_L_at_any_length(max_factor, block_sizes, finished_run, tmp_path):
+    """Runs whose L differ, and windows of L or 2 L, used to end in an IndexError or in nan."""
+    checkpoint, paths = load_checkpoint(finished_run), []
+    for block_size in block_sizes:  # the weights of HoPE do not depend on L
+        paths.append(str(tmp_path / f"{block_size}.pt"))
+        save_checkpoint(paths[-1], {**checkpoint, "config": {**checkpoint["config"], "block_size": block_size}})
+    analyze_attention.main([*paths, "--max_factor", str(max_factor), "--windows", "2", "--device", "cpu",
+                            "--json", str(tmp_path / "a.json")])
+    for run, block_size in zip(json.loads((tmp_path / "a.json").read_text())["runs"], block_sizes):
+        assert (run["block_size"], run["length"]) == (block_size, max_factor * block_size)
+        for name in ("entropy", "entropy_logn", "norm/q", "inside/pair_share"):
+            assert None not in run[name]["mean"]
+        assert all(None not in layer for layer in run["inside/pair_swing"]["layers"])
+        assert ("beyond/pair_share" in run) == (max_factor > 1)
+        assert ("beyond/pair_swing" in run) == (max_factor > 2)  # at 2 L, all queries have distances up to L only
+
+
+def test_the_summary_does_not_count_more_attention_than_there_is(finished_run, capsys):
+    """With L = 16, some queries inside L have 9 keys: 16 times their mean weight at distances below 16 was above 1."""
+    analyze_attention.main([finished_run, "--windows", "2", "--device", "cpu"])
+    header, *rows = capsys.readouterr().out.splitlines()[-5:]
+    assert "of nearest 8" in header and len(rows) == 4
+    assert all(0 < float(row.split()[8]) <= 1 for row in rows), rows
+
+
+def test_pictures_of_attention_are_drawn_from_the_json_at_2_L_too(finished_run, tmp_path, monkeypatch, fails):
+    """At 2 L there is no excursion beyond L to draw."""
+    pytest.importorskip("matplotlib")
+    analyze_attention.main([finished_run, "--windows", "2", "--device", "cpu", "--max_factor", "2",
+                            "--json", str(tmp_path / "a.json")])
+    monkeypatch.setattr(draw_attention, "DRAWINGS", {"components": draw_attention.plot_components})
+    draw_attention.main([str(tmp_path / "a.json"), "--plot", str(tmp_path / "b.png")])
+    assert (tmp_path / "b_components.png").stat().st_size > 1000
+    (tmp_path / "other.json").write_text('{"runs": [{"name": "rope"}]}')
+    code, lines = fails(draw_attention, [str(tmp_path / "other.json"), "--plot", str(tmp_path / "c.png")])
+    assert code == 2 and "was not written by" in lines[0]
 
 
 # --- what the papers prove
 
 
 def test_gaussian_queries_and_keys_give_no_decay_in_expectation():
-    logits = theory.gaussian_logits(rope_frequencies(32), 200, n_samples=4000, seed=1)       # (4000, 200)
+    logits = theory.gaussian_logits(theta_of(32), 200, n_samples=4000, seed=1)  # (4000, 200)
     mean, stderr = logits.mean(0), logits.std(0) / math.sqrt(4000)
     assert (mean.abs() < 5 * stderr).all()
     torch.testing.assert_close(logits.std(0), torch.ones(200), atol=0.05, rtol=0)
     ones = torch.ones(1, 32)
-    same = theory.logits_by_distance(ones, ones, rope_frequencies(32), 200)[0]
-    assert same[0] == 32 and same[100:].mean() < 16                                          # the decay that is no law
+    same = theory.logits_by_distance(ones, ones, theta_of(32), 200)[0]
+    assert same[0] == 32 and same[100:].mean() < 16  # decay, which is no law
 
 
 @pytest.mark.parametrize("distance", [0, 3, 50, 500])
-def test_a_key_turned_by_r_peaks_at_distance_r(distance):
-    theta, q = rope_frequencies(64), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+def test_a_key_rotated_by_r_peaks_at_distance_r(distance):
+    theta, q = theta_of(64), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     logits = theory.logits_by_distance(q, theory.key_that_peaks_at(q, theta, distance), theta, 1000)
     assert (logits.argmax(-1) == distance).all()
-    torch.testing.assert_close(logits[:, distance], q.square().sum(-1))                      # and with no loss there
+    torch.testing.assert_close(logits[:, distance], q.square().sum(-1))  # and is as large as it can be
 
 
 def test_a_nope_head_cannot_find_the_previous_of_equal_tokens_and_a_rope_head_can():
-    """NoPE with any weights at all, here of a random layer; RoPE by hand."""
+    """NoPE with any weights, here those of a random layer; RoPE by construction."""
     same = torch.full((12,), 7)
     q, k, _, bias = attention_inputs(tiny("nope"), same)[0]
-    weights = logits_of(q, k, bias).softmax(-1)                                              # (H, T, T)
+    weights = logits_of(q, k, bias).softmax(-1)  # (H, T, T)
     torch.testing.assert_close(weights[:, -1], torch.full((2, 12), 1 / 12))
-    assert theory.attention_in_a_run(rope_frequencies(32), 12, scale=8.0)[1] > 0.99
+    assert theory.attention_in_a_run(theta_of(32), 12, scale=8.0)[1] > 0.99
     assert theory.attention_in_a_run(torch.zeros(16), 12, scale=8.0)[1] == pytest.approx(1 / 12)
 
 
 def test_logits_by_distance_are_what_rotating_query_and_key_gives():
-    q, k, theta = torch.randn(3, 16), torch.randn(3, 16), rope_frequencies(16)
+    q, k, theta = torch.randn(3, 16), torch.randn(3, 16), theta_of(16)
     logits = theory.logits_by_distance(q, k, theta, 20)
     turn = [theory.rotation(theta, torch.tensor([position])) for position in (40, 40 - 13)]
     expected = (rotate(q[:, None, None], *turn[0]) * rotate(k[:, None, None], *turn[1])).sum(-1).flatten()
@@ -243,7 +329,7 @@ def test_in_training_all_bindings_are_asked_for():
 
 
 class Answers(torch.nn.Module):
-    """A model that gives each token the answer that a function of the tokens (B, T) names."""
+    """A model that answers each token with what a function of the tokens and targets (B, T) returns."""
 
     def __init__(self, answer):
         super().__init__()
@@ -258,7 +344,7 @@ def accuracies(answer, task, end=128):
     return recall.test(Answers(answer), recall.TASKS[task][0], end // 2, end, 20, 1, torch.device("cpu"))
 
 
-def test_accuracy_is_1_for_a_model_that_knows_and_as_stated_for_one_that_guesses():
+def test_accuracy_is_1_for_a_model_that_knows_and_as_stated_for_a_guess():
     for task, (_, chance) in recall.TASKS.items():
         assert accuracies(lambda tokens, targets: targets.clamp(min=0), task)["accuracy"] == 1
         blind = accuracies(lambda tokens, targets: torch.full_like(tokens, 3), task)
@@ -291,7 +377,7 @@ def test_training_and_test_lengths_are_disjoint_and_sequences_depend_on_the_seed
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_past_L(tmp_path, capsys):
+def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_beyond_L(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     recall.main(["--pe", "hope", "learned", "--max_iters", "2", "--n_embd", "16", "--max_factor", "2", "--batches", "2",
                  "--device", "cpu", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
@@ -302,9 +388,9 @@ def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_past
     assert "best guess" in capsys.readouterr().out and (tmp_path / "r.png").exists()
 
 
-def test_a_repeated_passage_is_scored_at_its_second_place():
-    """A model that says which token it just read two tokens ago is right on a text of period 2 alone."""
-    period = torch.tensor([3, 4]).repeat(40)[None].repeat(2, 1)                              # (2, 80)
+def test_a_repeated_passage_is_scored_at_its_second_position():
+    """A model that repeats the token before the current one is right on a text of period 2 only."""
+    period = torch.tensor([3, 4]).repeat(40)[None].repeat(2, 1)  # (2, 80)
     model = Answers(lambda tokens, targets: tokens.roll(1, dims=1))
     found = recall.copy_in_text(model, period, passage=8, distance=16)
     assert found["second_accuracy"] == 1 and found["gain"] == 0 and found["length"] == 24
@@ -320,6 +406,143 @@ def test_in_context_copying_by_checkpoints_writes_json(finished_run, tmp_path, c
     assert "most frequent token" in capsys.readouterr().out and len(result["dataset_sha256"]) == 64
 
 
+# --- what encodings add to the logit, and the idea in one picture
+
+
+def test_what_an_encoding_adds_is_drawn_as_it_is():
+    kind, lines = draw_encodings.logit_by_distance(tiny("alibi"), 100)
+    assert kind.startswith("bias")
+    torch.testing.assert_close(lines, -alibi_slopes(2)[:, None] * torch.arange(100.0))
+    for pe in ("rope", "hope", "prope"):
+        model = tiny(pe)
+        theta = torch.zeros(8)
+        theta[:len(model.transformer.wpe.theta)] = model.transformer.wpe.theta
+        expected = 2 / math.sqrt(16) * torch.cos(torch.arange(100)[:, None] * theta).sum(-1)
+        torch.testing.assert_close(draw_encodings.logit_by_distance(model, 100)[1][0], expected, atol=1e-4, rtol=0)
+    line = draw_encodings.logit_by_distance(tiny("learned"), 100)[1][0]
+    assert line[:32].isfinite().all() and line[32:].isnan().all() and line[0] == pytest.approx(1)
+    line = draw_encodings.logit_by_distance(tiny("sinusoidal"), 100)[1][0]
+    torch.testing.assert_close(line, torch.cos(torch.arange(100)[:, None] * theta_of(32)).mean(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("theta, seen, hatched", [
+    (0.5, 360, 0), (2 * math.pi / 128, 360, 0), (2 * math.pi / 256, 180, 180), (2 * math.pi / 512, 90, 270), (0, 0, 0)])
+def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(theta, seen, hatched):
+    panel = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    draw_idea.draw_pair(panel, theta, 128, "red")
+    wedges = [patch for patch in panel.patches if hasattr(patch, "theta1")]
+    assert sum(w.theta2 - w.theta1 for w in wedges if not w.get_hatch()) == pytest.approx(seen)
+    assert sum(w.theta2 - w.theta1 for w in wedges if w.get_hatch()) == pytest.approx(hatched)
+    assert ("not\nrotated" in [text.get_text() for text in panel.texts]) == (theta == 0)
+
+
+def test_the_idea_is_drawn_with_the_pairs_that_the_model_rotates(monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(draw_idea, "draw_pair", lambda panel, theta, L, color: drawn.append(theta))
+    draw_idea.main(["--head_dim", "32", "--block_size", "128", "--plot", str(tmp_path / "idea.png")])
+    expected = theta_of(32)[::2].tolist()
+    assert drawn == expected + [theta if 2 * math.pi / theta <= 128 else 0 for theta in expected]
+    assert (tmp_path / "idea.png").stat().st_size > 1000
+
+
+# --- logs
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """write(name, *lines) -> the folder of a run with this log."""
+    def write(name, *lines):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "log.jsonl").write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n"
+                                                  for line in lines))
+        return str(folder)
+    return write
+
+
+def log_line(step, **losses):
+    return {"iter": step, "tokens": 512 * step, "seconds": 0.5 * step, **losses}
+
+
+def drawn_lines(monkeypatch, arguments):
+    """The arguments of plot_log -> color, x and y of each line in the picture."""
+    pytest.importorskip("matplotlib")
+    figures = []
+    monkeypatch.setattr(report, "save_picture", lambda figure, path: figures.append(figure))
+    plot_log.main(arguments)
+    return [(line.get_color(), list(line.get_xdata()), list(line.get_ydata())) for line in figures[0].axes[0].lines]
+
+
+@pytest.mark.parametrize("x, scale", [("iter", 1), ("tokens", 512), ("seconds", 0.5)])
+def test_losses_of_all_runs_are_drawn_over_steps_tokens_or_seconds(x, scale, logs, monkeypatch):
+    a = logs("a", log_line(0, val_loss=4.0), log_line(10, val_loss=3.0), log_line(20, val_loss=2.0))
+    b = logs("b", log_line(0, val_loss=5.0), log_line(30, val_loss=1.0))
+    lines = drawn_lines(monkeypatch, [a, b, "--x", x])
+    assert lines[0][1:] == ([0, 10 * scale, 20 * scale], [4.0, 3.0, 2.0])
+    assert lines[1][1:] == ([0, 30 * scale], [5.0, 1.0]) and len(lines) == 2
+
+
+def test_training_losses_are_drawn_where_the_log_has_them_also_between_evaluations(logs, monkeypatch):
+    run = logs("a", log_line(0, val_loss=4.0), log_line(5, train_loss=3.5), log_line(10, val_loss=3.0, train_loss=2.5))
+    assert [line[1:] for line in drawn_lines(monkeypatch, [run])] == [([0, 10], [4.0, 3.0]), ([5, 10], [3.5, 2.5])]
+
+
+def test_a_log_line_that_a_kill_cut_short_is_left_out(logs, monkeypatch):
+    run = logs("a", log_line(0, val_loss=4.0), log_line(10, val_loss=3.0), '{"iter": 20, "tok')
+    assert [line[1:] for line in drawn_lines(monkeypatch, [run])] == [([0, 10], [4.0, 3.0])]
+
+
+def test_a_finished_run_is_drawn_in_the_colour_of_its_encoding_and_summed_up(finished_run, monkeypatch, capsys):
+    lines = drawn_lines(monkeypatch, [finished_run])
+    assert {color for color, _, _ in lines} == {report.STYLES["hope"][0]} and lines[0][1] == [0, 5, 10]
+    assert f"{min(lines[0][2]):.4f}" in capsys.readouterr().out
+
+
+def test_the_picture_of_losses_is_written(finished_run, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot_log.main([finished_run, "--plot", str(tmp_path / "losses.png")])
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("lines, words", [
+    ((), "no validation loss"), ((log_line(0, train_loss=1.0),), "no validation loss"), (({"loss": 1},), "not a log"),
+    (("[1]\n",), "not a log"), (None, "there is no")])
+def test_a_folder_without_losses_is_refused_in_one_line(lines, words, logs, tmp_path, fails):
+    pytest.importorskip("matplotlib")
+    run = str(tmp_path / "nothing") if lines is None else logs("a", *lines)
+    code, output = fails(plot_log, [run, "--plot", str(tmp_path / "x.png")])
+    assert code == 2 and len(output) == 1 and words in output[0]
+
+
+# --- benchmark
+
+
+def test_the_benchmark_can_be_imported_on_windows(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resource", None)  # as if there were no such module
+    importlib.reload(bench)
+
+
+def test_the_benchmark_compares_every_encoding_with_nope(tmp_path, capsys):
+    sizes = "--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --vocab_size 11 --repeats 1".split()
+    bench.main(["train", "evaluate", *sizes, "--device", "cpu", "--dtype", "float32",
+                "--json", str(tmp_path / "b.json")])
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert set(result["train"]["encodings"]) == set(PE) and set(result["evaluate"]) == {"hope", "alibi"}
+    for found in result["train"]["encodings"].values():
+        assert found["ratio"] == pytest.approx(found["seconds"] / found["nope_seconds"])  # of a single round
+    assert result["config"]["n_embd"] == 16 and "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of the parent is counted on Linux only")
+def test_the_memory_of_an_encoding_does_not_include_that_of_the_benchmark_itself(monkeypatch, capsys):
+    ballast = torch.ones(400_000_000)  # 1.6 GB
+    monkeypatch.setattr(bench, "PE", {"nope": PE["nope"]})
+    bench.main(["memory", *"--n_layer 1 --n_head 2 --n_embd 16 --block_size 8 --device cpu".split()])
+    gigabytes = float(capsys.readouterr().out.split()[-2])
+    assert 0.05 < gigabytes < 1.2 and len(ballast)
+
+
 # --- what the experiments share
 
 
@@ -329,11 +552,12 @@ def test_names_are_the_shortest_that_tell_runs_apart():
 
 
 def test_results_keep_four_digits_and_no_nan():
-    assert rounded({"a": [1.23456, math.nan, {"b": 3}], "c": "x"}) == {"a": [1.235, None, {"b": 3}], "c": "x"}
+    assert rounded({"a": [1.23456, math.nan, {"b": 3}], "c": "x"}, digits=4) == {"a": [1.235, None, {"b": 3}], "c": "x"}
 
 
 @pytest.mark.parametrize("script, arguments, words", [
     (analyze_attention, ["{tmp}/none"], "no checkpoint"), (analyze_attention, [], "OUT_DIR"),
+    (draw_idea, ["--head_dim", "7"], "odd"), (draw_encodings, ["{tmp}/none"], "no checkpoint"),
     (analyze_attention, ["{run}", "--json", "{tmp}/none/a.json"], "folder"),
     (analyze_attention, ["{run}", "--max_factor", "100000"], "lower --max_factor"),
     (recall, ["--pe", "rotary"], "nope"), (recall, ["--block_size", "20"], "too short"),

@@ -1,0 +1,76 @@
+"""
+The idea of HoPE in one picture: which angles each pair of channels has taken within the trained context.
+
+    python -m experiments.draw_idea --plot idea.png
+
+A circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles that distances up to L give. Hatched: the
+rest, which RoPE enters beyond L. The pairs that HoPE does not rotate stay at angle 0.
+"""
+import math
+
+from torch.nn import functional as F
+
+from common import flags
+from common.report import PICTURES, STYLES, check_output, import_pyplot, save_picture
+from model import GPTConfig, HoPE, RoPE
+
+TITLES = {"rope": "RoPE: beyond L tokens, slow pairs enter angles never seen in training",
+          "hope": "HoPE: rotates only the pairs that have seen the whole circle"}
+
+
+def draw_pair(panel, theta, L, color):
+    """The circle of a pair that rotates by theta radians per token (0: it does not). Angle 0 is at the top."""
+    from matplotlib.patches import Circle, Wedge
+
+    panel.set(xlim=(-1.1, 1.1), ylim=(-1.1, 1.1), aspect="equal")
+    panel.axis("off")
+    if theta == 0:
+        panel.add_patch(Circle((0, 0), 1, fill=False, color="gray"))
+        panel.plot(0, 1, "o", color=color, markersize=9, clip_on=False)
+        panel.text(0, 0, "not\nrotated", ha="center", va="center")
+        return
+    turns = theta * L / (2 * math.pi)
+    seen = 360 * min(1, turns)  # degrees, clockwise
+    panel.add_patch(Wedge((0, 0), 1, 90 - seen, 90, facecolor=color, edgecolor=color))
+    if turns < 1:
+        panel.add_patch(Wedge((0, 0), 1, 90, 450 - seen, facecolor="white", edgecolor="gray", hatch="////"))
+    else:
+        panel.text(0, 0, f"{turns:.0f}\nturns", ha="center", va="center", color="white")
+    panel.text(0, -1.2, f"{2 * math.pi / theta:,.0f}", ha="center", va="top")
+
+
+def draw(encodings, L, path):
+    """encodings: name -> the frequencies of the pairs of a head (P,), 0 for pairs that are not rotated."""
+    pyplot = import_pyplot()
+    from matplotlib.patches import Patch
+
+    figure = pyplot.figure(figsize=(9.5, 4.6), layout="constrained")
+    for part, (name, theta) in zip(figure.subfigures(2, 1), encodings.items()):
+        shown = theta[::max(1, len(theta) // 8)][:8].tolist()
+        part.suptitle(TITLES[name], fontsize=13, fontweight="bold", color=STYLES[name][0])
+        for panel, frequency in zip(part.subplots(1, len(shown), squeeze=False)[0], shown):
+            draw_pair(panel, frequency, L, STYLES[name][0])
+        part.supxlabel("tokens per turn" if name == "rope" else "", fontsize="medium")
+    title = "One circle per pair of channels: its angles, clockwise from the top, at distances of 0 to L tokens"
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, handles=[
+        Patch(facecolor="dimgray", label=f"angles seen within the trained context, L = {L} tokens"),
+        Patch(facecolor="white", edgecolor="gray", hatch="////", label="never seen in training")])
+    save_picture(figure, path)
+
+
+def main(argv=None):
+    parser = flags.ArgumentParser("Draw which angles the pairs of a head have taken within the trained context.")
+    parser.add_argument("--plot", default="idea.png", metavar="FILE.png", help="the picture")
+    parser.add_argument("--head_dim", type=flags.parsed(int, at_least=2), default=32, help="channels of the head")
+    flags.add_flags(parser, GPTConfig, "block_size", "rope_base", "hope_cutoff")
+    args = parser.parse_args(argv)
+    import_pyplot()
+    check_output(args.plot, PICTURES)
+    config = GPTConfig(pe="hope", n_embd=args.head_dim, n_head=1, block_size=args.block_size,
+                       rope_base=args.rope_base, hope_cutoff=args.hope_cutoff)
+    rope, hope = RoPE(config).theta, HoPE(config).theta
+    draw({"rope": rope, "hope": F.pad(hope, (0, len(rope) - len(hope)))}, args.block_size, args.plot)
+
+
+if __name__ == "__main__":
+    flags.run(main)
