@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 from common.checkpoint import lock
-from data.prepare import prepare
-from data.sources import read_text, sha256
-from data.tokenizer import checkpoint_tokenizer, encode_checked
+from data.prepare import command_for, dataset_path, prepare
+from data.sources import read_text, sha256, sha256_of
+from data.tokenizer import GPT2_SIZES, checkpoint_tokenizer, encode_checked, read_meta_pkl, saved_tokenizer, shown
 
 DEFAULT_DATASET = "data/pysrc_char"
 
@@ -18,46 +18,77 @@ DEFAULT_DATASET = "data/pysrc_char"
 # Data sets
 
 
-def open_dataset(path):
+def open_dataset(name):
     """A data set -> (meta, {"train": ids, "val": ids}), uint16 arrays that are read from the disk when used.
 
-    The default data set is made if it is missing. Raises FileNotFoundError if another one is, and ValueError if the
-    files are not those that prepare() wrote, with the command that makes them again.
+    name is resolved by dataset_path. A folder of nanoGPT's is read as well. The default data set is made if it is
+    missing. Raises FileNotFoundError if another one is, and ValueError if the files are not those that prepare() wrote,
+    with the command that makes them again.
     """
-    path = Path(path)
+    path = dataset_path(name)
     if not (path / "meta.json").exists():
-        if path != Path(DEFAULT_DATASET):
-            raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
-                                    f"--out_dir {path}`")
-        path.parent.mkdir(exist_ok=True)
-        with lock(path.parent, wait=True):  # two trainings may start at once
-            if not (path / "meta.json").exists():
-                print(f"preparing {path} from the installed torch and numpy, this takes seconds")
-                prepare()
+        if (path / "train.bin").exists() and not (path / "bpe.tiktoken").exists():
+            return open_nanogpt(path)
+        make_default(path)
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        return meta, {name: open_ids(path, name, meta) for name in ("train", "val")}
-    except (KeyError, TypeError, OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged, or was made by another version ({error!r}): make it again with "
-                         "`python -m data.prepare`") from error
+        command = command_for(meta, path)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}/meta.json is damaged ({error!r}): make it again with `python -m data.prepare "
+                         f"--overwrite --out_dir {path}` and the arguments it was made with") from error
+    try:
+        return meta, {part: open_ids(path / f"{part}.bin", meta["vocab_size"], meta["tokens"][part],
+                                     meta["files"][f"{part}.bin"]) for part in ("train", "val")}
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}): make it again with `{command}`") from error
 
 
-def open_ids(path, name, meta):
-    """The ids in path/name.bin, checked against meta. Raises ValueError if they differ from what prepare() wrote."""
-    kind = meta["tokenizer"]["kind"] + f" --vocab_size {meta['vocab_size']}" * ("tiktoken" in meta["tokenizer"])
-    remedy = (f"make it again with `python -m data.prepare --source {meta['source']} --tokenizer {kind} "
-              f"--out_dir {path}`")
-    file = path / f"{name}.bin"
-    if not file.stat().st_size:
-        raise ValueError(f"{file} is empty: {remedy}")
+def make_default(path):
+    """Make the default data set. Raises FileNotFoundError if path is another one."""
+    if path != dataset_path(DEFAULT_DATASET):
+        raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
+                                f"--out_dir {path}`")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path.parent, wait=True):  # two trainings may start at once
+        if not (path / "meta.json").exists():
+            print(f"preparing {path} from the installed torch and numpy, this takes seconds")
+            prepare()
+
+
+def open_ids(file, vocab_size, n_tokens=None, known_sha256=None):
+    """The token ids in a file. Raises ValueError if they are not the expected ones; None: nothing is known of them."""
+    size, wanted = file.stat().st_size, n_tokens and 2 * n_tokens
+    if size % 2 or not size or wanted not in (None, size):
+        raise ValueError(f"{file.name} has {size:,} bytes and should have "
+                         + (f"{wanted:,}" if wanted else "two for each token"))
     ids = np.memmap(file, dtype=np.uint16, mode="c")  # c: what tensors write to it stays in memory
-    if len(ids) != meta["tokens"][name]:
-        raise ValueError(f"{file} has {len(ids):,} tokens and should have {meta['tokens'][name]:,}: {remedy}")
-    if ids.max() >= meta["vocab_size"]:
-        raise ValueError(f"{file} has an id of {ids.max()}, but the largest is {meta['vocab_size'] - 1}: {remedy}")
-    if sha256(ids) != meta["files"][file.name]:
-        raise ValueError(f"{file} was changed since it was made (another sha256): {remedy}")
+    if ids.max() >= vocab_size:
+        raise ValueError(f"{file.name} has an id of {ids.max()}, but the largest in the vocabulary is {vocab_size - 1}")
+    if known_sha256 not in (None, sha256(ids)):
+        raise ValueError(f"{file.name} was changed since it was made: its sha256 differs")
     return ids
+
+
+def open_nanogpt(path):
+    """A data folder of nanoGPT, with train.bin, val.bin and, if its tokens are characters, meta.pkl -> as open_dataset.
+
+    Without meta.pkl the tokens are GPT-2's. There may be no id between documents: then the text is one document.
+    """
+    if (path / "meta.pkl").exists():
+        tokenizer = read_meta_pkl(path / "meta.pkl")
+        vocab_size = len(tokenizer["chars"])
+    else:
+        tokenizer, vocab_size = {"kind": "gpt2"}, GPT2_SIZES[0]
+        print(f"note: {path} has neither meta.json nor meta.pkl; its tokens are taken for GPT-2's, as in nanoGPT")
+    try:
+        splits = {part: open_ids(path / f"{part}.bin", vocab_size) for part in ("train", "val")}
+        if tokenizer["kind"] == "gpt2" and splits["val"].max() < 256:
+            raise ValueError("its ids are too small for GPT-2's tokens, so meta.json or meta.pkl is missing")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a data folder of nanoGPT or of this project: {error}") from error
+    digest = sha256("".join(sha256_of(path / f"{part}.bin") for part in splits).encode())
+    return {"source": str(path), "sha256": digest, "tokenizer": tokenizer, "vocab_size": vocab_size,
+            "tokens": {part: len(ids) for part, ids in splits.items()}}, splits
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -117,23 +148,58 @@ def document_windows(ids, end_of_document, length, n_windows):
     return torch.from_numpy(np.stack([ids[places[i]:places[i] + length + 1] for i in chosen]).astype(np.int64))
 
 
-def text_to_score(checkpoints, names, dataset=None, text=None):
+def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
     """What several checkpoints are scored on -> token ids, their source, the text's sha256, the tokenizer.
 
-    A text file, or the validation text of a data set, or that of the first checkpoint's data set. names: of the runs,
-    for messages. Raises ValueError if the checkpoints do not share a tokenizer with each other and with the text.
+    The ids are those of a text file, or of the validation text of a data set, or of the first checkpoint's data set.
+    names: of the runs, for messages. meta: path of a meta.pkl with the characters of nanoGPT's checkpoints. Prints what
+    makes the scores hard to compare. Raises ValueError if the checkpoints do not share a tokenizer with each other and
+    with the text, or if the first one's data set was changed after its training.
     """
-    tokenizer = checkpoint_tokenizer(checkpoints[0])
+    saved = saved_tokenizer(checkpoints[0], meta)
     for name, checkpoint in zip(names, checkpoints):
-        if checkpoint["tokenizer"] != checkpoints[0]["tokenizer"]:
+        if saved_tokenizer(checkpoint, meta) != saved:
             raise ValueError(f"{name} and {names[0]} have different tokenizers: score them separately")
+    note_training_texts(checkpoints, names)
+    smallest = min(checkpoints, key=lambda checkpoint: checkpoint["config"]["vocab_size"])
+    tokenizer = checkpoint_tokenizer(smallest, meta)
     if text:
         content = read_text(Path(text))
-        return encode_checked(tokenizer, content, checkpoints[0]), text, sha256(content.encode()), tokenizer
-    if not dataset and not checkpoints[0]["dataset"]:
-        raise ValueError(f"{names[0]} does not say what it was trained on: give a --text to score")
-    source = dataset or checkpoints[0]["dataset"]["path"]
-    meta, splits = open_dataset(source)
-    if meta["tokenizer"] != tokenizer.to_dict():
+        ids = encode_checked(tokenizer, content, smallest)
+        note_unknown_characters(tokenizer, content, ids)
+        return ids, text, sha256(content.encode()), tokenizer
+    source, data, ids = dataset_to_score(checkpoints[0]["dataset"], names[0], dataset)
+    if data["tokenizer"] != saved:
         raise ValueError(f"{source} was made with another tokenizer than that of {names[0]}: give another --dataset")
-    return splits["val"], source, meta["sha256"], tokenizer
+    if ids.max(where=ids != tokenizer.end_of_document, initial=0) >= smallest["config"]["vocab_size"]:
+        raise ValueError(f"{source} has characters for which {names[0]} has no token: give another --dataset")
+    return ids, source, data["sha256"], tokenizer
+
+
+def dataset_to_score(trained_on, name, dataset):
+    """The data set that is asked for, or the one a run was trained on -> its path, meta, ids of its validation text."""
+    if not dataset and not trained_on:
+        raise ValueError(f"{name} does not say what it was trained on: give a --dataset or a --text to score")
+    source = dataset or trained_on["path"]
+    meta, splits = open_dataset(source)
+    if not dataset and meta["sha256"] != trained_on["sha256"]:
+        raise ValueError(f"{source} is not the text that {name} was trained on (its sha256 differs), and its "
+                         "validation text may contain training text: name what to score with --dataset or --text")
+    return source, meta, splits["val"]
+
+
+def note_training_texts(checkpoints, names):
+    texts = {}  # sha256 -> a run that was trained on this text
+    for name, checkpoint in zip(names, checkpoints):
+        if checkpoint["dataset"]:
+            texts.setdefault(checkpoint["dataset"]["sha256"], f"{name} on {checkpoint['dataset']['path']}")
+    if len(texts) > 1:
+        print("note: the runs were trained on different texts: "
+              + ", ".join(f"{run} (sha256 {digest[:16]})" for digest, run in texts.items()))
+
+
+def note_unknown_characters(tokenizer, text, ids):
+    if unknown := tokenizer.unknown_characters(text):
+        n = int((ids == tokenizer.unknown).sum())
+        print(f"note: the model has never seen {n:,} of the {len(text):,} characters ({n / len(text):.1%}) and reads "
+              f"U+FFFD in their place: {shown(unknown)}")

