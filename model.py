@@ -340,17 +340,17 @@ class FIRE(PositionalEncoding):
 
 PE = {"nope": NoPE, "learned": Learned, "sinusoidal": Sinusoidal, "rope": RoPE, "prope": PRoPE,
       "hope": HoPE, "alibi": ALiBi, "t5": T5, "kerple": KERPLE, "fire": FIRE}
+ROTARY = [name for name, encoding in PE.items() if issubclass(encoding, RoPE)]
 
 # --------------------------------------------------------------------------------------------------
 # Configuration
 
 
-def knob(default, help, **limits):
-    """A field of a configuration: default, a line of help, and limits such as at_least=1.
-
-    Command-line flags are made from these fields.
+def knob(default, help, used_by=(), **limits):
+    """A field of a configuration: default, a line of help, the encodings that use it (none: all),
+    and limits such as at_least=1. Command-line flags are made from these fields.
     """
-    return field(default=default, metadata={"help": help, "limits": limits})
+    return field(default=default, metadata={"help": help, "used_by": used_by, "limits": limits})
 
 
 LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt,
@@ -381,11 +381,12 @@ class GPTConfig:
                           at_least=0, below=1)
     bias: bool = knob(True, "biases in linear layers and norms, as in GPT-2")
     pe: str = knob("hope", "positional encoding", one_of=PE)
-    rope_base: float = knob(10000.0, "rope, prope, hope: base of theta_j = base^(-2j/d)", above=1)
+    rope_base: float = knob(10000.0, "rope, prope, hope: base of theta_j = base^(-2j/d)",
+                            used_by=ROTARY, above=1)
     prope_fraction: float = knob(0.75, "prope: fraction p of the pairs that is rotated",
-                                 at_least=0, at_most=1)
+                                 used_by=("prope",), at_least=0, at_most=1)
     hope_cutoff: float = knob(1.0, "hope: turns within L that a pair needs to be rotated",
-                              at_least=0)
+                              used_by=("hope",), at_least=0)
     window_pattern: str = knob("L", "which layers see a short window (S) and which everything (L), "
                                "such as SSSL; repeated over the layers, of which the last is L")
     window: int = knob(0, "tokens that an S layer sees, its own included; 0: all", at_least=0)
@@ -429,7 +430,7 @@ class GPTConfig:
 
     def rotary(self):
         """Those of its encodings that rotate."""
-        return [pe for pe in (self.pe, self.local_pe) if pe and issubclass(PE[pe], RoPE)]
+        return [pe for pe in (self.pe, self.local_pe) if pe in ROTARY]
 
     def kinds(self):
         """The kind of each layer, "S" or "L"."""
@@ -442,7 +443,7 @@ class GPTConfig:
         """
         changes = {"pe": self.local_pe or self.pe,
                    "rope_base": self.local_rope_base or self.rope_base}
-        if 0 < self.window <= self.block_size or not issubclass(PE[changes["pe"]], RoPE):
+        if 0 < self.window <= self.block_size or changes["pe"] not in ROTARY:
             changes["rope_scaling"] = "none"
         if 0 < self.window <= self.block_size:
             changes["attn_scaling"] = "none"
@@ -520,7 +521,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self, k, v, view.window)  # (B, H, Tk, D)
         # Without a mask the kernel builds the causal one itself and can take its fast path.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.mask is None and T > 1,
+            q, k, v, attn_mask=view.mask, is_causal=view.mask is None and bool(T > 1),
             dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))

@@ -48,6 +48,8 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     grad_clip: float = knob(1.0, "largest norm of the gradient; 0: no limit", at_least=0)
     eval_interval: int = knob(100, "steps between evaluations; each saves a checkpoint", at_least=1)
     eval_iters: int = knob(20, "batches of validation text per evaluation", at_least=1)
+    log_interval: int | None = knob(None, "steps between lines of log.jsonl with the mean training loss; default: "
+                                    "eval_interval", at_least=1)
     save_interval: int | None = knob(None, "steps between additional checkpoints", at_least=1)
     save_minutes: float = knob(10.0, "minutes after which a checkpoint is saved in any case", at_least=0)
     keep_every: int | None = knob(None, "keep the weights of every N-th step, as ckpt_00000N.pt", at_least=1)
@@ -57,13 +59,20 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     def __post_init__(self):
         super().__post_init__()
         self.lr_decay_iters = self.lr_decay_iters or self.max_iters  # stored: it stays if max_iters grows
+        self.log_interval = self.log_interval or self.eval_interval
 
 
+NANOGPT_FLAGS = {
+    "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
+    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
+    "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
+    "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best",
+    "--backend": "it follows from --device"}
 # The vocabulary comes with the text; attn_scaling is for evaluation and sampling.
 NETWORK_FLAGS = [knob.name for knob in fields(GPTConfig) if knob.name not in ("vocab_size", "attn_scaling")]
 # What a resumed run may change: where it runs, how far it goes, what it measures and saves, but not what it computes.
 FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compile", "eval_interval", "eval_iters",
-                  "save_interval", "save_minutes", "keep_every"}
+                  "log_interval", "save_interval", "save_minutes", "keep_every"}
 
 
 def train(run, signals, bar):
@@ -85,8 +94,8 @@ def train(run, signals, bar):
         if saving or keeping or step % 10 == 0:  # reading the loss makes a GPU wait
             run.check_health()
             run.show(bar)
-        if evaluating:
-            run.evaluate()
+        if evaluating or step > first and step % config.log_interval == 0:
+            run.log(run.evaluate() if evaluating else {})
         if saving:
             run.save()
         if keeping:
@@ -123,6 +132,7 @@ class Run:
         self.best_val_loss = math.inf  # nats per token, of best.pt
         self.started = self.saved_at = time.time()
         self.val_loss = self.train_loss = self.grad_norm = self.lr = None  # the latest
+        self.loss_sum, self.loss_count = torch.zeros((), device=place.device), 0  # since the last line of the log
         self.write_error = None  # of this step
 
     def step(self):
@@ -147,15 +157,17 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.train_loss = place.mean(train_loss)
+        self.loss_sum += self.train_loss
+        self.loss_count += 1
         self.write_error = None
         self.iter += 1
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss on the same validation tokens each time -> a line of log.jsonl, and best.pt if it is the lowest."""
+        """Loss on the same validation tokens each time -> {"val_loss": ...}. Writes best.pt if it is the lowest."""
         config, self.logged = self.config, self.iter
         if self.place.rank > 0:
-            return
+            return {}
         self.model.eval()
         losses = []
         for x, y in validation_batches(self.ids["val"], config.batch_size, self.model.config.block_size,
@@ -164,15 +176,23 @@ class Run:
                 losses.append(self.model(x, y)[1].item())
         self.model.train()
         self.val_loss = sum(losses) / len(losses)
-        line = {"iter": self.iter, "tokens": self.iter * self.tokens_per_step,
-                "seconds": round(time.time() - self.started, 2), "val_loss": self.val_loss}
-        if self.train_loss is not None:  # there is none before the first step
-            line |= {"train_loss": self.train_loss.item(), "grad_norm": self.grad_norm.item(), "lr": self.lr}
-        self.write(append_log, "log.jsonl", line)
         if self.val_loss < self.best_val_loss:
             best = {**self.weights(), "val_loss": self.val_loss, "best_val_loss": self.val_loss}
             if self.write(save_checkpoint, "best.pt", best):
                 self.best_val_loss = self.val_loss
+        return {"val_loss": self.val_loss}
+
+    def log(self, measured):
+        """Write a line of log.jsonl. train_loss is the mean since the line before."""
+        line = {"iter": self.iter, "tokens": self.iter * self.tokens_per_step,
+                "seconds": round(time.time() - self.started, 2), **measured}
+        if self.loss_count:  # there is none before the first step
+            line |= {"train_loss": self.loss_sum.item() / self.loss_count, "grad_norm": self.grad_norm.item(),
+                     "lr": self.lr}
+        self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
+        self.write(append_log, "log.jsonl", line)
+        if self.place.rank == 0 and not sys.stderr.isatty():  # there is no progress bar to look at
+            print(", ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
 
     def weights(self):
         """What evaluation and sampling need, and how far the run is."""
@@ -186,7 +206,7 @@ class Run:
     def state(self):
         """What --resume needs."""
         return {**self.weights(), "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
-                "rng": self.place.get_rng_state()}
+                "rng": self.place.get_rng_state(), "loss_sum": self.loss_sum, "loss_count": self.loss_count}
 
     def load(self, state):
         """Continue from what state() returned."""
@@ -198,6 +218,8 @@ class Run:
         self.iter = self.saved = state["iter"]
         self.best_val_loss, self.logged = state["best_val_loss"], state["logged"]
         self.started = time.time() - state["seconds"]  # earlier sessions count
+        self.loss_sum += state.get("loss_sum", 0)
+        self.loss_count = state.get("loss_count", 0)
 
     def save(self):
         self.saved_at = time.time()  # in any case: a full disk is not tried again at every step
@@ -244,7 +266,8 @@ def parse(argv):
 
     Raises ValueError if they do not fit together.
     """
-    parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo")
+    parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo",
+                                  NANOGPT_FLAGS)
     flags.add_flags(parser.add_argument_group("network"), GPTConfig, *NETWORK_FLAGS)
     flags.add_flags(parser.add_argument_group("run"), TrainConfig)
     args, checkpoint = parser.parse_args(argv), None

@@ -77,16 +77,23 @@ def load_checkpoint(path):
         path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
     if not path.exists():
         run = path.parent if path.suffix == ".pt" else path
+        if inside := sorted({str(file.parent) for file in run.glob("*/*.pt")}):
+            raise FileNotFoundError(f"{run} is not a run but holds {len(inside)}: name them: {' '.join(inside)}")
         raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {run}`")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if "model_args" in checkpoint:
             checkpoint = from_nanogpt(checkpoint)
-        GPTConfig(**checkpoint["config"])
+        config = dict(checkpoint["config"])
     except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
         others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})"
                          + (f"; the same folder holds {', '.join(others)}" if others else "")) from error
+    try:
+        GPTConfig(**config)
+    except (TypeError, ValueError) as error:  # a field or an encoding that this model.py does not have
+        words = str(error).removeprefix("GPTConfig.__init__() ")
+        raise ValueError(f"{path} needs another model.py than this one: {words}") from error
     return checkpoint
 
 
@@ -144,18 +151,24 @@ def init_weights(model, checkpoint):
 
 
 def append_log(path, line):
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def cut_log(path, last_iter):
-    """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short."""
+    """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short.
+
+    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's.
+    """
     kept = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in lines:
         try:
             if json.loads(line)["iter"] <= last_iter:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # not a line of this project
+        except (ValueError, KeyError, TypeError):
+            if line is lines[0] and len(lines) > 1:
+                raise ValueError(f"{path} is not a log of this project: move it or choose another --out_dir") from None
             break
     with replacing(path) as file:
         file.write("".join(kept).encode())

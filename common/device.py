@@ -50,14 +50,24 @@ class Place:
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def get_rng_state(self):
-        """The state of the random numbers for dropout. Batches need none: they are a function of the step."""
-        cuda = torch.cuda.get_rng_state() if self.device.type == "cuda" else None
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+        """The states of the random numbers for dropout, one per process; all of them have to call this.
 
-    def set_rng_state(self, state):
+        Batches need no random state: they are a function of the step.
+        """
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type in ("cuda", "mps"):
+            state[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        states = [state] * self.n_processes
+        if self.n_processes > 1:
+            distributed.all_gather_object(states, state)
+        return states
+
+    def set_rng_state(self, states):
+        states = [states] if isinstance(states, dict) else states  # older checkpoints: that of rank 0
+        state = states[min(self.rank, len(states) - 1)]
         torch.set_rng_state(state["cpu"])
-        if self.device.type == "cuda" and state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"])
+        if state.get(self.device.type) is not None and self.device.type != "cpu":
+            getattr(torch, self.device.type).set_rng_state(state[self.device.type])
 
     # Several processes, each with its own GPU, divide the micro-batches of a step and share the mean gradient.
 
@@ -95,15 +105,24 @@ class Place:
 
 
 def pick_device(name):
-    """--device -> torch.device. Raises ValueError if there is no such device."""
-    if name == "auto":
+    """--device -> torch.device. Raises ValueError if there is no such device, RuntimeError if its memory is full."""
+    auto = name == "auto"
+    if auto:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and "LOCAL_RANK" in os.environ:  # torchrun: one GPU per process
+    if name == "cuda" and "RANK" in os.environ:  # torchrun: one GPU per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        torch.zeros(1, device=name)
+        x = torch.ones(8, 8, device=name)
+        (x @ x).sum().item()  # a kernel has to run, too: an old GPU may have none in this build of PyTorch
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(f"--device {name}: its memory is full: stop what else runs there, or use --device cpu"
+                           ) from error
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name}: there is no such device here; use --device auto or --device cpu") from error
+        if auto and name != "cpu":
+            print(f"note: {name} cannot be used ({str(error).splitlines()[0]}); using the CPU")
+            return torch.device("cpu")
+        raise ValueError(f"--device {name}: there is no such device here, or this build of PyTorch does not support "
+                         "it; use --device auto or --device cpu") from error
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # functions that ask for the current GPU then get this one
@@ -134,15 +153,24 @@ def pick_compile(choice, device):
 
 @contextmanager
 def stop_signals():
-    """Collect SIGINT (Ctrl-C) and SIGTERM in a list; a second one raises KeyboardInterrupt."""
-    received = []
+    """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list.
+
+    A second SIGINT or SIGTERM raises KeyboardInterrupt.
+    """
+    received, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
 
     def note(number, frame):
-        if received:
+        if number == hangup:  # there is no terminal to print to any more
+            for stream in (1, 2):
+                if os.isatty(stream):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        elif received:
             raise KeyboardInterrupt
         received.append(number)
 
-    handlers = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, hangup)
+               if number and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    handlers = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
     finally:

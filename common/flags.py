@@ -17,6 +17,8 @@ from pathlib import Path
 
 from model import GPTConfig, check_value
 
+PROJECT = Path(__file__).resolve().parent.parent
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag with its default, unless that says nothing (None, or False for a switch)."""
@@ -27,18 +29,28 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line."""
+    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line.
 
-    def __init__(self, description):
+    hints: what to do instead of a flag that other projects have, by its name.
+    """
+
+    def __init__(self, description, hints=()):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=HelpFormatter)
+        self.hints = dict(hints)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        return map(located, shlex.split(line, comments=True))
 
     def parse_args(self, args=None, namespace=None):
+        args = list(map(located, sys.argv[1:] if args is None else args))
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
+            name = unknown[0].split("=")[0]
+            if name in self.hints:
+                self.error(f"there is no {name} here: {self.hints[name]}")
+            if Path(located(f"@{name}")[1:]).is_file():
+                self.error(f"unknown argument {name!r}: a file of flags is given as @{name}")
             close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
             hint = f"did you mean {' or '.join(close)}? " if close else ""
             self.error(f"unknown argument {unknown[0]!r}: {hint}--help lists all")
@@ -49,6 +61,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def located(arg):
+    """@config/NAME is a file relative to the current folder or, if there is none, to the project's."""
+    known = arg.startswith("@") and not Path(arg[1:]).exists() and (PROJECT / arg[1:]).exists()
+    return f"@{PROJECT / arg[1:]}" if known else arg
 
 
 class Switch(argparse.Action):
@@ -142,6 +160,19 @@ def parse_from(parser, argv, config, names):
     return args
 
 
+def idle(config):
+    """Names of the fields of a GPTConfig that have no effect, as hope_cutoff with pe rope."""
+    short = "S" in config.kinds()
+    encodings = {config.pe, config.local_pe if short else None}
+    names = {knob.name for knob in dataclasses.fields(config)
+             if knob.metadata["used_by"] and not encodings.intersection(knob.metadata["used_by"])}
+    if not short:
+        names |= {"window", "local_pe", "local_rope_base"}
+    if config.rope_scaling == "none":
+        names |= {"rope_factor", "rope_context"}
+    return names
+
+
 def run(main):
     """Call main(). Turn a failure into one line on stderr and an exit code.
 
@@ -149,6 +180,9 @@ def run(main):
     1: it was correct and failed later (OSError, RuntimeError, a missing package). 130: Ctrl-C.
     Any other exception is a defect of this project and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a console of Windows may not have all characters
     try:
         main()
     except KeyboardInterrupt:

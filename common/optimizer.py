@@ -8,16 +8,17 @@ import torch
 
 from model import knob
 
-LEARNING_RATES = {"muon": 2e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone, for config/cpu_demo
+LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone, for config/cpu_demo
 
 
 @dataclass
 class OptimizerConfig:
     optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
                           one_of=LEARNING_RATES)
-    learning_rate: float | None = knob(None, "AdamW's, after warm-up; default: 2e-2 beside Muon, 5e-3 alone",
+    learning_rate: float | None = knob(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
                                        above=0)
-    muon_learning_rate: float = knob(2e-2, "Muon's, on the same schedule", at_least=0)
+    muon_learning_rate: float = knob(3e-2, "Muon's, on the same schedule", at_least=0)
+    muon_momentum: float = knob(0.9, "Muon's", at_least=0, below=1)
     min_lr: float | None = knob(None, "the last learning_rate; default: a tenth of it", at_least=0)
     warmup_iters: int = knob(50, "steps from 0 to learning_rate", at_least=0)
     lr_decay_iters: int | None = knob(None, "steps until min_lr; default: max_iters", at_least=1)
@@ -41,7 +42,8 @@ class MuonAndAdamW:
     """
 
     def __init__(self, matrices, adamw, config):
-        self.muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, weight_decay=config.weight_decay)
+        self.muon = torch.optim.Muon(matrices, lr=config.muon_learning_rate, momentum=config.muon_momentum,
+                                     weight_decay=config.weight_decay)
         self.adamw = adamw
         self.param_groups = [*self.muon.param_groups, *adamw.param_groups]
 

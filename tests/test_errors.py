@@ -16,7 +16,6 @@ import train
 from common.checkpoint import load_checkpoint, save_checkpoint
 from experiments import bench, draw_encodings
 from model import GPT, GPTConfig
-from tests.conftest import TINY_FLAGS
 
 # script, arguments ({run}, {data}, {tmp} are filled in), exit code, words of the message
 MISTAKES = [

@@ -27,7 +27,7 @@ from common import checkpoint as common_checkpoint
 from common import device as common_device
 from common.checkpoint import load_checkpoint
 from data import loader
-from model import GPT
+from model import GPT, GPTConfig
 from tests.conftest import TINY_FLAGS
 from tests.test_training import assert_same_weights, log, run
 
@@ -302,9 +302,14 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
         assert a["iter"] == b["iter"] and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
+    torch.manual_seed(1)
+    start = GPT(GPTConfig(**one["config"])).state_dict()
     for name, value in one["model"].items():
-        # as with accumulation: where a gradient is a rounding error, Adam's sign may differ
-        assert ((value - two["model"][name]).abs() < 1e-4).float().mean() > 0.99, name
+        if optimizer == "adamw":
+            # as with accumulation: where a gradient is a rounding error, Adam's sign may differ
+            assert ((value - two["model"][name]).abs() < 1e-4).float().mean() > 0.99, name
+        else:  # Muon rounds to bfloat16, and small singular values become large: relative to the way from the start
+            assert (value - two["model"][name]).norm() < 0.1 * (value - start[name]).norm(), name
 
 
 def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path):

@@ -108,16 +108,52 @@ def test_fixed_numbers_follow_the_device_of_the_positions_and_are_never_rounded(
     assert all(x is None or x.device.type == "meta" for x in act(tiny(pe).to("meta"), "meta"))
 
 
-@pytest.mark.parametrize("rank, name, used", [(None, "cuda:1", 1), (None, "cuda", None), ("2", "cuda", 2)])
+class Kernel:
+    """A tensor on a GPU that this machine does not have."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __matmul__(self, other):
+        if self.error:
+            raise self.error
+        return self
+
+    def sum(self):
+        return self
+
+    def item(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("rank, name, used", [(None, "cuda:1", 1), (None, "cuda", None), ("2", "cuda", 2),
+                                              ("2", "cuda:1", 1)])
 def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, rank, name, used):
-    """Random numbers, free memory and synchronisation are those of the current GPU. torchrun names it by LOCAL_RANK."""
+    """Random numbers, free memory and synchronisation are those of the current GPU. torchrun names it by LOCAL_RANK,
+    unless a user names it."""
     asked, current = [], []
-    monkeypatch.setattr(torch, "zeros", lambda *size, device: asked.append(device))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: asked.append(device) or Kernel())
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setenv("LOCAL_RANK", "2")  # left by something else, if there is no RANK
     if rank:
-        monkeypatch.setenv("LOCAL_RANK", rank)
+        monkeypatch.setenv("RANK", rank)
     assert common_device.pick_device(name).index == used
     assert current == ([] if used is None else [used]) and asked == [name if used is None else f"cuda:{used}"]
+
+
+@pytest.mark.parametrize("name, error, raised, words", [
+    ("cuda", torch.OutOfMemoryError("CUDA out of memory"), RuntimeError, "its memory is full"),
+    ("cuda", RuntimeError("no kernel image is available"), ValueError, "does not support")])
+def test_a_gpu_that_is_full_or_too_old_is_named_as_such(monkeypatch, name, error, raised, words):
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(error))
+    with pytest.raises(raised, match=words):
+        common_device.pick_device(name)
+
+
+def test_auto_takes_the_cpu_where_the_gpu_is_too_old_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(RuntimeError("no kernel image is available")))
+    assert common_device.pick_device("auto").type == "cpu" and "no kernel image" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -115,7 +115,8 @@ def test_targets_are_the_inputs_one_token_later():
 
 def test_accumulated_small_batches_give_the_step_of_one_large_batch(dataset, tmp_path, monkeypatch):
     """Offsets are drawn per forward, so the large batch is made of the small ones' draws."""
-    small = run(dataset, tmp_path / "small", "--max_iters", "1", "--gradient_accumulation_steps", "3")
+    flags = ["--optimizer", "adamw", "--learning_rate", "2e-3", "--max_iters", "1"]
+    small = run(dataset, tmp_path / "small", *flags, "--gradient_accumulation_steps", "3")
     draw = train.training_batch
 
     def joined(ids, batch_size, block_size, seed, index, device):
@@ -123,7 +124,7 @@ def test_accumulated_small_batches_give_the_step_of_one_large_batch(dataset, tmp
         return tuple(torch.cat(part) for part in zip(*parts))
 
     monkeypatch.setattr(train, "training_batch", joined)
-    large = run(dataset, tmp_path / "large", "--max_iters", "1", "--batch_size", "12")
+    large = run(dataset, tmp_path / "large", *flags, "--batch_size", "12")
     for name in small["model"]:
         # Adam's first step is lr * sign(gradient), nearly: where a gradient is a rounding error the sign may differ
         close = (small["model"][name] - large["model"][name]).abs() < 1e-5
@@ -185,14 +186,14 @@ def test_one_step_of_muon_moves_all_directions_of_a_matrix_by_its_rate_and_adamw
     made.step()
     moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
     singular = torch.linalg.svdvals(moved["transformer.h.0.attn.c_proj.weight"])
-    assert 0.5 * 0.02 < singular.median() and singular.max() < 1.3 * 0.02  # Newton-Schulz is approximate
+    assert 0.5 * 0.03 < singular.median() and singular.max() < 1.3 * 0.03  # Newton-Schulz is approximate
     assert moved["transformer.ln_f.weight"].abs().max().item() == pytest.approx(1e-3, rel=1e-2)
     optimizer.set_learning_rate(made, 10, config)  # the end of the schedule: a tenth of both
-    assert sorted({group["lr"] for group in made.param_groups}) == pytest.approx([1e-4, 2e-3])
+    assert sorted({group["lr"] for group in made.param_groups}) == pytest.approx([1e-4, 3e-3])
 
 
 def test_rates_that_are_not_given_depend_on_the_optimizer():
-    for name, rate in (("muon", 2e-2), ("adamw", 5e-3)):
+    for name, rate in (("muon", 4e-2), ("adamw", 5e-3)):
         config = optimizer.OptimizerConfig(optimizer=name)
         assert (config.learning_rate, config.min_lr) == pytest.approx((rate, rate / 10))
     assert optimizer.OptimizerConfig(learning_rate=1.0, min_lr=0.0).min_lr == 0.0
