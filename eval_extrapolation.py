@@ -22,6 +22,7 @@ from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from data.loader import document_windows, text_to_score
+from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -43,12 +44,14 @@ def windows_at_a_time(config, length, chunk, device):
     config: that of a checkpoint. The number affects speed, not losses.
     """
     C, V = config["n_embd"], config["vocab_size"]
-    cached = 2 * config["n_layer"] * C * length  # keys and values of the whole window
+    kinds, window = GPTConfig(**config).kinds(), config.get("window", 0)
+    cached = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens per layer, keys and values
+    cached = 2 * C * sum(cached[kind] for kind in kinds)
     tokens = max(chunk, config["block_size"])  # of a window, in one forward of score or score_local
     # logits, twice more in the loss, and the inputs and outputs of the widest layer
-    at_work = tokens * (3 * V + 16 * C)
+    activations = tokens * (3 * V + 16 * C)
     memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
-    return max(1, int(memory / (4 * (cached + at_work))))
+    return max(1, int(memory / (4 * (cached + activations))))
 
 
 def scalings(args, config):
@@ -91,8 +94,10 @@ def score(model, windows, chunk, batch_size):
 def score_local(model, windows, context, batch_size):
     """Loss of each token given at most `context` tokens, and at least half as many if there are so many before it."""
     width = windows.size(1) - 1
-    losses, done = torch.empty(len(windows), width, device=windows.device), 0
-    for end in [*range(min(context, width), width, max(1, context // 2)), width]:
+    losses = torch.empty(len(windows), width, device=windows.device)
+    ends = [*range(min(context, width), width, max(1, context // 2)), width]  # L, 1.5 L, 2 L, ...
+    done = 0
+    for end in ends:
         start = max(0, end - context)
         for first in range(0, len(windows), batch_size):
             rows = windows[first:first + batch_size]
@@ -105,12 +110,13 @@ def score_local(model, windows, context, batch_size):
 def score_scaled(checkpoint, scaling, windows, edges, chunk, batch_size):
     """score() of a checkpoint under one of the scalings.
 
-    With rope_factor "auto" each bucket has a factor of its own, its end divided by L, and hence its own pass.
+    With rope_factor "auto" each bucket has its own factor, its end divided by the context before scaling, and its own
+    pass.
     """
     passes = [(0, edges[-1], scaling["rope_factor"])]
     if scaling["rope_factor"] == "auto":
-        block_size = checkpoint["config"]["block_size"]
-        passes = [(start, end, max(1.0, end / block_size)) for start, end in zip(edges, edges[1:])]
+        L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
+        passes = [(start, end, max(1.0, end / L)) for start, end in zip(edges, edges[1:])]
     losses = torch.empty(len(windows), edges[-1])
     for start, end, factor in passes:
         model = load_model(checkpoint, **{**scaling, "rope_factor": factor}).to(windows.device)
@@ -118,23 +124,29 @@ def score_scaled(checkpoint, scaling, windows, edges, chunk, batch_size):
     return losses
 
 
+def bucket_mean(losses, start, end):
+    """Losses (N, W) -> mean over a bucket, and its standard error over windows: tokens of one window are alike."""
+    return report.mean_and_stderr(losses[:, start:end].double().mean(dim=1))
+
+
+def exp(loss):
+    return math.exp(min(loss, 700))  # exp(710) overflows
+
+
 def summarize(losses, local_losses, first_losses, edges, characters):
     """Losses (N, W) of a run -> its list of buckets. characters: how many there are in each bucket, over all windows.
 
     nll_above_first is the difference to the first run. It is known much better than either loss, since the tokens are
-    the same. Standard errors are over windows: the tokens of one window are alike.
+    the same.
     """
     buckets = []
     for i, (start, end) in enumerate(zip(edges, edges[1:])):
-        def over_windows(x, start=start, end=end):
-            return report.mean_and_stderr(x[:, start:end].double().mean(dim=1))
-
-        nll, stderr = over_windows(losses)
-        above, above_stderr = over_windows(losses - first_losses)
-        local, _ = over_windows(local_losses)
+        nll, stderr = bucket_mean(losses, start, end)
+        above, above_stderr = bucket_mean(losses - first_losses, start, end)
+        local, _ = bucket_mean(local_losses, start, end)
         tokens_per_character = len(losses) * (end - start) / characters[i]
-        row = {"start": start, "end": end, "nll": nll, "stderr": stderr, "ppl": math.exp(min(nll, 700)),
-               "ppl_local": math.exp(min(local, 700)), "bits_per_character": nll * tokens_per_character / math.log(2),
+        row = {"start": start, "end": end, "nll": nll, "stderr": stderr, "ppl": exp(nll),
+               "ppl_local": exp(local), "bits_per_character": nll * tokens_per_character / math.log(2),
                "nll_above_first": above, "nll_above_first_stderr": above_stderr}
         buckets.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return buckets
@@ -144,7 +156,7 @@ def summarize(losses, local_losses, first_losses, edges, characters):
 # Showing it
 
 
-def show(bucket, key):
+def cell_text(bucket, key):
     """A number of a bucket as text, with its standard error if there is one."""
     value, stderr = bucket[key], None
     if value is not None and key == "ppl" and bucket["stderr"] is not None:
@@ -163,7 +175,7 @@ def print_tables(runs):
         tables.append(("nll_above_first", runs[1:], f"loss above that of {runs[0]['name']} in nats per token, "
                        "± standard error of the difference on the same tokens"))
     for key, shown, title in tables:
-        report.print_table(title, columns, {run["name"]: [show(b, key) for b in run["buckets"]] for run in shown})
+        report.print_table(title, columns, {run["name"]: [cell_text(b, key) for b in run["buckets"]] for run in shown})
     if any(bucket["nll"] is None for run in runs for bucket in run["buckets"]):
         print("-: the encoding is undefined at these positions")
     if any(run["rope_factor"] == "auto" for run in runs):
@@ -207,6 +219,7 @@ def make_parser():
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs (best.pt is scored, if it exists) or checkpoints")
     add("--dataset", help="folder whose validation text is scored; default: that of the runs")
     add("--text", help="score this text file instead, as one document")
+    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
     add("--max_factor", type=flags.parsed(int, at_least=1, at_most=2**16), default=16,
         help="longest context, in multiples of block_size")
     add("--windows", type=count, default=32, help="windows to average over")
@@ -224,13 +237,17 @@ def choose_windows(args, checkpoints, names):
     if len({checkpoint["iter"] for checkpoint in checkpoints}) > 1:
         print("note: the runs differ in training steps: "
               + ", ".join(f"{name} {checkpoint['iter']:,}" for name, checkpoint in zip(names, checkpoints)))
-    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text)
-    L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)  # the shortest sets the buckets
+    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
+    contexts = [checkpoint["config"]["block_size"] for checkpoint in checkpoints]
+    L = min(contexts)
+    if len(set(contexts)) > 1:
+        print("note: the runs differ in block_size, and the shortest sets the buckets: "
+              + ", ".join(f"{name} {context}" for name, context in zip(names, contexts)))
     edges = bucket_edges(L, args.max_factor)
     windows = document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows)
     if len(windows) < args.windows:
         print(f"note: the text has room for {len(windows)} such windows, not {args.windows}")
-    characters = [sum(len(tokenizer.decode(row)) for row in windows[:, a + 1:b + 1].numpy())
+    characters = [sum(count_characters(tokenizer, row) for row in windows[:, a + 1:b + 1].numpy())
                   for a, b in zip(edges, edges[1:])]
     print(f"scoring {len(windows)} windows of {edges[-1]:,} tokens, each inside one document of {source} "
           f"(sha256 {text_sha256[:16]}); L = {L} tokens")
@@ -241,10 +258,11 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
     """-> what the JSON holds of each run and scaling."""
     batch_size = args.batch_size or min(windows_at_a_time(checkpoint["config"], edges[-1], args.chunk, place.device)
                                         for checkpoint in checkpoints)
-    runs, first_losses, windows = [], None, windows.to(place.device)
+    runs, first_losses = [], None
+    windows = windows.to(place.device)
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
-        with place.autocast():  # within L nothing is scaled: one local score serves all scalings
+        with place.autocast():  # L tokens need no scaling but that of the training: one score for all
             local_losses = score_local(load_model(checkpoint).to(place.device), windows, config["block_size"],
                                        batch_size)
         for scaling in scalings(args, config):

@@ -31,7 +31,7 @@ from torch.nn import functional as F
 class PositionalEncoding(nn.Module):
     """The three places at which an encoding can act. The base class acts at none of them.
 
-    Fixed numbers, such as frequencies, are plain float32 tensors and not buffers:
+    Angles and biases are float32 in any model. Fixed numbers are plain tensors and not buffers:
     model.to(torch.bfloat16) would round a buffer, and the error of an angle grows with position.
     """
 
@@ -41,7 +41,8 @@ class PositionalEncoding(nn.Module):
         super().__init__()
 
     def reset_parameters(self):
-        """Initialise learned values. Called last, so that all encodings share the other weights."""
+        """Initialise learned values. GPT calls this after all other weights are drawn, so that with
+        one seed these are the same for every encoding."""
 
     def embed(self, x, pos):
         """Token embeddings x (B, T, C) at positions pos (T,) -> (B, T, C)."""
@@ -65,9 +66,9 @@ class NoPE(PositionalEncoding):
 
 
 class Learned(PositionalEncoding):
-    """A learned vector per position, added to the token embedding (GPT-2).
+    """A learned vector per position, added to the token embedding (GPT-2): x_n + w_n.
 
-    x_n + w_n. block_size * n_embd parameters. Undefined beyond the trained context.
+    L C parameters. Undefined beyond the trained context.
     """
 
     def __init__(self, config):
@@ -83,10 +84,9 @@ class Learned(PositionalEncoding):
 
 
 def frequencies(head_dim, base=10000.0):
-    """RoPE's spectrum theta_j = base^(-2j / head_dim), j = 0 ... head_dim / 2 - 1.
+    """theta_j = base^(-2j / head_dim) radians per token, j = 0 ... head_dim / 2 - 1, fastest first.
 
-    Radians per token, fastest first, (head_dim / 2,). float64, so that rounding cannot change how
-    many pairs an encoding rotates (RoFormer, arXiv 2104.09864, sec. 3.2.2).
+    -> (head_dim / 2,) float64, so that rounding cannot change how many pairs an encoding rotates.
     """
     j = torch.arange(head_dim // 2, dtype=torch.float64)
     return base ** (-2 * j / head_dim)
@@ -95,9 +95,9 @@ def frequencies(head_dim, base=10000.0):
 class Sinusoidal(PositionalEncoding):
     """Sines and cosines added to the embedding (Attention is all you need, arXiv 1706.03762).
 
-    sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_i = 10000^(-2i / C)
-    (sec. 3.5). No parameters. The factor sqrt(C) is from sec. 3.4, where embeddings start with a
-    standard deviation of 1. Here they start at 0.02, below the 0.7 of the sines, and have to grow.
+    sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_j = 10000^(-2j / C)
+    (secs. 3.4 and 3.5). No parameters. Embeddings start with a standard deviation of 0.02, so the
+    sines and cosines (0.7) dominate until the embeddings have grown.
     """
 
     def __init__(self, config):
@@ -110,49 +110,15 @@ class Sinusoidal(PositionalEncoding):
         return x * math.sqrt(x.size(-1)) + wave.to(x.dtype)
 
 
-# The rotary family. Three functions slow the rotation down for contexts longer than the trained
-# one, so that `factor` times the trained context looks like one. Each takes the whole spectrum
-# theta (D / 2,), its base, and the trained context block_size.
-
-
-def pi(theta, base, block_size, factor):
-    """Position interpolation: theta / factor (arXiv 2306.15595, eq. 4)."""
-    return theta / factor
-
-
-def ntk(theta, base, block_size, factor):
-    """NTK-aware: the base becomes base * factor^(D / (D - 2)).
-
-    This keeps the fastest pair and divides the slowest by factor.
-    """
-    j = torch.arange(len(theta), dtype=theta.dtype)
-    return theta * factor ** (-2 * j / max(2 * len(theta) - 2, 1))
-
-
-def yarn(theta, base, block_size, factor):
-    """YaRN (arXiv 2309.00071): keep pairs with over 32 turns in L, divide those with under 1 turn.
-
-    Between them a linear ramp over the pair's index, as in the authors' code. YaRN's temperature
-    is in GPT.query_scale.
-    """
-    head_dim = 2 * len(theta)
-    j = torch.arange(len(theta), dtype=theta.dtype)
-    first, last = (head_dim * math.log(block_size / (2 * math.pi * turns)) / (2 * math.log(base))
-                   for turns in (32, 1))  # (real-valued) indices of pairs with so many turns in L
-    first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
-    ramp = ((j - first) / max(last - first, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
-    return theta * (1 - ramp) + theta / factor * ramp
-
-
-SCALINGS = {"pi": pi, "ntk": ntk, "yarn": yarn}
+# The rotary family: pairs of channels of queries and keys are rotated.
 
 
 class RoPE(PositionalEncoding):
     """Rotary encoding (RoFormer, arXiv 2104.09864, eq. 16): rotates pair j by position * theta_j.
 
     logit(m, n) = sum_j q_j . R((n - m) theta_j) k_j depends on the distance n - m alone. No
-    parameters; two products and a sum per rotated channel of q and k. Pairs that need more than L
-    tokens for a turn meet angles beyond L that never occurred in training: there RoPE breaks.
+    parameters. A pair that needs more than L tokens for a turn meets, beyond L, angles that never
+    occurred in training. This is why RoPE fails there.
     """
 
     def __init__(self, config):
@@ -160,12 +126,12 @@ class RoPE(PositionalEncoding):
         theta = frequencies(config.n_embd // config.n_head, config.rope_base)  # (D / 2,)
         n_turning = self.n_turning(theta, config)
         if config.rope_scaling != "none":
-            theta = SCALINGS[config.rope_scaling](
-                theta, config.rope_base, config.rope_context or config.block_size, config.rope_factor)
+            L = config.rope_context or config.block_size
+            theta = SCALINGS[config.rope_scaling](theta, config.rope_base, L, config.rope_factor)
         self.theta = theta[:n_turning].float()  # (K,)
 
     def n_turning(self, theta, config):
-        """How many of the fastest pairs are rotated. In this one number the family differs."""
+        """-> how many pairs are rotated, fastest first. The rotary encodings differ only here."""
         return len(theta)
 
     def rotary(self, pos):
@@ -178,9 +144,9 @@ class RoPE(PositionalEncoding):
 class PRoPE(RoPE):
     """p-RoPE (Round and Round We Go!, arXiv 2410.06205, sec. 6): rotates the fastest fraction p.
 
-    theta_j for j < floor(p D / 2), else 0. The slow pairs become channels for the meaning of a
-    token, which no distance can blur. p = 1 is RoPE, p = 0 is NoPE. p does not depend on the
-    trained context: pairs slower than L may remain among those that rotate.
+    theta_j for j < floor(p D / 2), else 0: what the slow pairs add to a logit depends on the tokens
+    alone. p = 1 is RoPE, p = 0 is NoPE. p does not depend on L, so pairs that need more than L
+    tokens for a turn may be rotated.
     """
 
     def n_turning(self, theta, config):
@@ -208,21 +174,53 @@ def rotate(x, cos, sin):
     a plain dot product, independent of position.
     """
     K, half = cos.size(-1), x.size(-1) // 2
-    # One split instead of four slices: the backward of a slice fills a whole tensor with zeros.
+    # One split instead of four slices: the backward of each slice would allocate all of x.
     a, a_rest, b, b_rest = x.split((K, half - K, K, half - K), dim=-1)
     # cos and sin are float32, and so are the products, whatever the type of x.
     rotated_a, rotated_b = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
     return torch.cat((rotated_a, a_rest, rotated_b, b_rest), dim=-1)
 
 
-# The other family leaves queries and keys alone and adds to each logit a number that depends on
-# the head and the distance.
+# Three ways to slow the rotation down, so that a model trained on L = block_size tokens can read
+# factor * L. Each takes all frequencies theta (D / 2,) and the base that they were made with.
+
+
+def pi(theta, base, block_size, factor):
+    """Position interpolation: theta / factor (arXiv 2306.15595, eq. 4)."""
+    return theta / factor
+
+
+def ntk(theta, base, block_size, factor):
+    """NTK-aware: the base times factor^(D / (D - 2)), which keeps the fastest pair and divides the
+    slowest by factor."""
+    j = torch.arange(len(theta), dtype=theta.dtype)
+    return theta * factor ** (-2 * j / max(2 * len(theta) - 2, 1))
+
+
+def yarn(theta, base, block_size, factor):
+    """YaRN (arXiv 2309.00071): keep pairs with over 32 turns in L, divide those with under 1 turn.
+
+    In between, a linear ramp over the pair's index. The limits head_dim - 1 and 0.001 are those of
+    the authors' code. YaRN's temperature is in GPT.query_scale.
+    """
+    head_dim = 2 * len(theta)
+    j = torch.arange(len(theta), dtype=theta.dtype)
+    first, last = (head_dim * math.log(block_size / (2 * math.pi * turns)) / (2 * math.log(base))
+                   for turns in (32, 1))  # index, not an integer yet, of the pair with these turns
+    first, last = max(math.floor(first), 0), min(math.ceil(last), head_dim - 1)
+    ramp = ((j - first) / max(last - first, 0.001)).clamp(0, 1)  # 0: keep, 1: divide
+    return theta * (1 - ramp) + theta / factor * ramp
+
+
+SCALINGS = {"pi": pi, "ntk": ntk, "yarn": yarn}
+
+# Relative biases: each logit gets a term that depends on the head and the distance.
 
 
 def alibi_slopes(n_head):
     """ALiBi's slope of each head, float32 (n_head,): 2^(-8h / n_head), h = 1 ... n_head.
 
-    If n_head is not a power of two: the slopes of the next lower power, then every other slope of
+    If n_head is not a power of two: the slopes of the next lower power, then every other one of
     twice that power.
     """
     power = 2 ** int(math.log2(n_head))
@@ -234,8 +232,8 @@ def alibi_slopes(n_head):
 class ALiBi(PositionalEncoding):
     """Attention with linear biases (arXiv 2108.12409, sec. 3): -m_h * distance, m_h fixed.
 
-    No parameters. Far tokens count less by construction: perplexity stays flat beyond L because
-    each head looks back only a few times 1 / m_h tokens.
+    No parameters. Perplexity stays flat beyond L because far tokens hardly count: a head looks back
+    a few times 1 / m_h tokens.
     """
 
     def __init__(self, config):
@@ -248,10 +246,10 @@ class ALiBi(PositionalEncoding):
 
 
 def t5_bucket(distance, num_buckets=32, max_distance=128):
-    """T5's bucket of each distance in tokens: int64 of the same shape. Below 0 counts as 0.
+    """T5's bucket of each distance, int64 of the same shape. Negative distances count as 0.
 
-    The first half of the buckets holds one distance each. The second half grows by a constant
-    factor up to max_distance; all longer distances share the last (arXiv 1910.10683, sec. 2.1).
+    The first half of the buckets holds one distance each. Those of the second half grow by a
+    constant factor up to max_distance; all longer distances share the last bucket.
     """
     half = num_buckets // 2
     distance = distance.clamp(min=0)
@@ -263,8 +261,8 @@ def t5_bucket(distance, num_buckets=32, max_distance=128):
 class T5(PositionalEncoding):
     """T5's relative bias (arXiv 1910.10683, sec. 2.1): a learned number per head and bucket.
 
-    32 H parameters, shared by the layers as in the paper; unlike there, the logits keep their
-    1 / sqrt(D). The table starts at zero, which is NoPE.
+    32 H parameters, shared by the layers as in the paper. Unlike there, logits are divided by
+    sqrt(D). The table starts at zero, so that the model starts as NoPE.
     """
 
     def __init__(self, config):
@@ -282,9 +280,9 @@ class T5(PositionalEncoding):
 class KERPLE(PositionalEncoding):
     """KERPLE, logarithmic kernel (arXiv 2205.09921): -r1 ln(1 + r2 distance), r1 and r2 learned.
 
-    2 H parameters, shared by the layers (the authors give each layer its own). The model learns how
-    far each head looks. As in the authors' code r1 and r2 are at least 0.01: below, they are
-    reflected, which keeps a gradient where a clamp has none.
+    2 H parameters, shared by the layers (the authors give each layer its own). r1 and r2 are at
+    least 0.01, as in the authors' code: smaller values are reflected, since a clamp would have no
+    gradient.
     """
 
     def __init__(self, config):
@@ -303,13 +301,11 @@ class KERPLE(PositionalEncoding):
 
 
 class FIRE(PositionalEncoding):
-    """FIRE (arXiv 2310.04418, sec. 3): a small network of the distance, relative to the query's
-    own position.
+    """FIRE (arXiv 2310.04418, sec. 3): a small network of the distance, relative to the position.
 
-    f(psi(distance) / psi(max(i, threshold))) with psi(x) = ln(|c| x + 1), i the query's position
-    and f: 1 -> 32 -> H with a ReLU. Its argument stays in [0, 1] at any length. 33 H + 66
-    parameters, shared by the layers (the paper's FIRE-S). The threshold starts at L (the paper's
-    at 512).
+    f(psi(distance) / psi(max(i, threshold))) with psi(x) = ln(|c| x + 1), the query's position i
+    and f: 1 -> 32 -> H with a ReLU. The argument of f is in [0, 1] at any length. 33 H + 66
+    parameters, shared by the layers (the paper's FIRE-S). The threshold starts at L (there: 512).
     """
 
     def __init__(self, config):
@@ -357,17 +353,17 @@ LIMITS = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt,
           "below": operator.lt, "one_of": lambda value, choices: value in choices}
 
 
-def check_value(value, limits):
+def check_value(value, limits, name="it"):
     """Raise ValueError if a value is outside the limits of its field."""
     for limit, bound in limits.items():
         if not LIMITS[limit](value, bound):
             words = ", ".join(bound) if limit == "one_of" else bound
-            raise ValueError(f"must be {limit.replace('_', ' ')} {words}, not {value}")
+            raise ValueError(f"{name} must be {limit.replace('_', ' ')} {words}, not {value}")
 
 
 @dataclass
 class GPTConfig:
-    """Everything that defines the network. Each field is a flag of train.py.
+    """Everything that defines the network. Most fields are flags of train.py.
 
     Raises ValueError if a value is outside its limits or if values do not fit each other.
     """
@@ -377,11 +373,11 @@ class GPTConfig:
     n_layer: int = knob(4, "number of blocks", at_least=1)
     n_head: int = knob(4, "attention heads per block", at_least=1)
     n_embd: int = knob(128, "channels", at_least=1)
-    dropout: float = knob(0.0, "0.1 to 0.2 for a small text that is read many times",
+    dropout: float = knob(0.0, "probability; 0.1 to 0.2 if a small text is read many times",
                           at_least=0, below=1)
     bias: bool = knob(True, "biases in linear layers and norms, as in GPT-2")
     pe: str = knob("hope", "positional encoding", one_of=PE)
-    rope_base: float = knob(10000.0, "rope, prope, hope: base of theta_j = base^(-2j/d)",
+    rope_base: float = knob(10000.0, "rope, prope, hope: base of theta_j = base^(-2j/D)",
                             used_by=ROTARY, above=1)
     prope_fraction: float = knob(0.75, "prope: fraction p of the pairs that is rotated",
                                  used_by=("prope",), at_least=0, at_most=1)
@@ -394,42 +390,41 @@ class GPTConfig:
     local_rope_base: float | None = knob(None, "rope_base of the S layers; default: that of the "
                                          "others", above=1)
     rope_scaling: str = knob("none", "slow the rotation of rope, prope and hope down for contexts "
-                             "longer than the trained one; not in S layers with a window within L",
+                             "longer than the trained one, in layers that see more than L tokens",
                              one_of=("none", *SCALINGS))
     rope_factor: float = knob(1.0, "how many times longer", at_least=1)
     rope_context: int | None = knob(None, "the context that rope_scaling starts from; default: "
                                     "block_size", at_least=2)
     attn_scaling: str = knob("none", "logn: multiply the logits of the n-th query by ln n / ln L "
-                             "beyond L, in the same layers", one_of=("none", "logn"))
+                             "if it sees n > L tokens", one_of=("none", "logn"))
 
     def __post_init__(self):
-        for knob in fields(self):
-            value, limits = getattr(self, knob.name), knob.metadata["limits"]
-            try:
-                if value is not None:
-                    check_value(value, limits)
-            except ValueError as error:
-                raise ValueError(f"{knob.name} {error}") from None
-        if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(f"window_pattern must consist of the letters S and L, not "
-                             f"{self.window_pattern!r}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}")
-        head_dim = self.n_embd // self.n_head
-        if self.rotary() and head_dim % 2:
-            raise ValueError(f"{self.rotary()[0]} rotates pairs of channels, and n_embd / n_head is "
-                             f"{head_dim}, an odd number: choose them so that it is even")
-        if self.rope_scaling != "none" and not self.rotary():
-            raise ValueError(f"rope_scaling {self.rope_scaling} needs a rotary encoding, and "
-                             f"{self.pe} does not rotate")
-        if self.pe == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"sinusoidal needs an even n_embd, not {self.n_embd}")
-        if self.local_pe and PE[self.local_pe].embed is not PositionalEncoding.embed:
-            raise ValueError(f"local_pe {self.local_pe} acts on the embeddings, which all layers "
-                             "share: choose it as pe")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value is not None:
+                check_value(value, item.metadata["limits"], item.name)
+        head_dim, rotary = self.n_embd // self.n_head, self.rotary()
+        acts_on_embeddings = PE[self.local_pe or "nope"].embed is not PositionalEncoding.embed
+        for wrong, message in (
+            (not self.window_pattern or set(self.window_pattern) - set("SL"),
+             f"window_pattern must consist of the letters S and L, not {self.window_pattern!r}"),
+            (self.n_embd % self.n_head,
+             f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}"),
+            (rotary and head_dim % 2,
+             f"{' and '.join(rotary)} rotates pairs of channels, so n_embd / n_head must be even, "
+             f"not {head_dim}, an odd number"),
+            (self.pe == "sinusoidal" and self.n_embd % 2,
+             f"sinusoidal needs an even n_embd, not {self.n_embd}"),
+            (self.rope_scaling != "none" and not rotary,
+             f"rope_scaling {self.rope_scaling} needs a rotary encoding: {self.pe} does not rotate"),
+            (acts_on_embeddings,
+             f"local_pe {self.local_pe} acts on the embeddings, which all layers share"),
+        ):
+            if wrong:
+                raise ValueError(message)
 
     def rotary(self):
-        """Those of its encodings that rotate."""
+        """The rotary ones among pe and local_pe."""
         return [pe for pe in (self.pe, self.local_pe) if pe in ROTARY]
 
     def kinds(self):
@@ -437,17 +432,13 @@ class GPTConfig:
         return (self.window_pattern * self.n_layer)[:self.n_layer - 1] + "L"
 
     def local(self):
-        """The configuration as it applies to the S layers: pe, rope_base and scalings are theirs.
-
-        A window within the trained context needs no scaling: it holds nothing unseen.
-        """
-        changes = {"pe": self.local_pe or self.pe,
-                   "rope_base": self.local_rope_base or self.rope_base}
-        if 0 < self.window <= self.block_size or changes["pe"] not in ROTARY:
-            changes["rope_scaling"] = "none"
-        if 0 < self.window <= self.block_size:
-            changes["attn_scaling"] = "none"
-        return replace(self, **changes)
+        """The configuration of the S layers. A window of at most L tokens contains no distance
+        beyond L, so nothing is scaled there."""
+        pe, within = self.local_pe or self.pe, 0 < self.window <= self.block_size
+        base = self.local_rope_base if pe in ROTARY else None
+        return replace(self, pe=pe, rope_base=base or self.rope_base, local_pe=None,
+                       rope_scaling="none" if within or pe not in ROTARY else self.rope_scaling,
+                       attn_scaling="none" if within else self.attn_scaling)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,17 +446,12 @@ class GPTConfig:
 
 
 class View(NamedTuple):
-    """What one kind of layer needs to know about positions. Computed once per forward.
+    """What the layers of one kind need to know about positions. Computed once per forward."""
 
-    rotary: cos and sin (T, K). mask: added to the logits (1, H, T, Tk), or bool (T, Tk), True for
-    visible keys; None is plain causal attention. query_scale: factors on the queries (T, 1). Each
-    may be None. window: how many tokens a query sees, itself included; 0: all.
-    """
-
-    rotary: tuple | None
-    mask: torch.Tensor | None
-    query_scale: torch.Tensor | None
-    window: int
+    rotary: tuple | None  # cos and sin (T, K)
+    mask: torch.Tensor | None  # added to the logits (1, H, T, Tk), or True for visible keys (T, Tk)
+    query_scale: torch.Tensor | None  # factors on the queries (T, 1)
+    window: int  # tokens that a query sees, itself included; 0: all
 
 
 class KVCache:
@@ -557,8 +543,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with a choice of positional encoding. With pe="learned" it is GPT-2, weight names
-    included."""
+    """GPT-2 with a choice of encoding. With pe="learned" it is GPT-2, weight names included."""
 
     def __init__(self, config):
         super().__init__()
@@ -570,11 +555,11 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        # The S layers share the encoding of the L layers unless theirs is another one.
+        # S layers share the encoding, and what it learns, with the L layers unless theirs differs.
         self.configs = {"L": config, "S": config.local()}
-        chosen = [(c.pe, c.rope_base, c.rope_scaling) for c in self.configs.values()]
         self.encodings = {"L": self.transformer.wpe, "S": self.transformer.wpe}
-        if "S" in config.kinds() and chosen[0] != chosen[1]:
+        different = {(c.pe, c.rope_base, c.rope_scaling) for c in self.configs.values()}
+        if "S" in config.kinds() and len(different) > 1:
             self.encodings["S"] = PE[self.configs["S"].pe](self.configs["S"])
             self.transformer["wpe_local"] = self.encodings["S"]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -595,18 +580,20 @@ class GPT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def view(self, kind, pos, past):
-        """The View of the S or of the L layers: queries at pos[past:], keys at pos."""
+        """The View of the S or of the L layers, for queries at pos[past:] and the keys they see."""
         config, pe = self.configs[kind], self.encodings[kind]
         window = config.window if kind == "S" else 0
-        q_pos, k_pos = pos[past:], pos[max(0, past - window + 1) if window else 0:]
+        oldest = max(0, past - window + 1) if window else 0
+        q_pos, k_pos = pos[past:], pos[oldest:]
         rotary = pe.rotary(q_pos)
         mask = self.attention_mask(pe.bias(q_pos, k_pos), q_pos, k_pos, window)
         return View(rotary, mask, self.query_scale(config, q_pos, rotary is not None), window)
 
     def attention_mask(self, bias, q_pos, k_pos, window):
         """Bias (H, Tq, Tk) or None -> the mask of View, for queries and keys at these positions."""
-        if bias is None and len(q_pos) in (1, len(k_pos)) and not 0 < window < len(k_pos):
-            return None  # a single query sees all keys; the kernel knows plain causal attention
+        plain = len(q_pos) in (1, len(k_pos)) and not 0 < window < len(k_pos)
+        if bias is None and plain:
+            return None  # a single query that sees all keys, or plain causal attention
         visible = k_pos <= q_pos[:, None]  # (Tq, Tk)
         if window:
             visible &= k_pos > q_pos[:, None] - window
@@ -620,10 +607,10 @@ class GPT(nn.Module):
     def query_scale(self, config, pos, rotated):
         """-> the query_scale of View, for queries at positions (T,) beyond the trained context.
 
-        yarn: (0.1 ln factor + 1)^2, the temperature of arXiv 2309.00071, eqs. 21 and 22, on the
-        whole logit. The authors' code puts its root on cos and sin of the rotated pairs.
-        logn: max(1, ln n / ln L) for the n-th token keeps attention over more keys as sharp
-        (J. Su; arXiv 2501.19399 has a learned relative). A bias is not multiplied.
+        yarn: (0.1 ln factor + 1)^2 (arXiv 2309.00071, eqs. 21 and 22). The authors multiply cos and
+        sin, and so q and k, by its square root; here q gets it all, pairs not rotated included.
+        logn: max(1, ln n / ln L) for the n-th token keeps attention as sharp when there are more
+        keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied.
         """
         scale = None
         if config.rope_scaling == "yarn" and rotated:
@@ -665,8 +652,8 @@ class GPT(nn.Module):
             return self.lm_head(x[:, [-1]]), None
         logits = self.lm_head(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1,
-                               reduction=reduction)
-        return logits, loss.view_as(targets) if reduction == "none" else loss
+                               reduction=reduction)  # a number, or (B T,)
+        return logits, (loss.view_as(targets) if reduction == "none" else loss)
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):

@@ -11,7 +11,7 @@ from common import flags
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from data.sources import read_text
-from data.tokenizer import checkpoint_tokenizer, encode_checked
+from data.tokenizer import checkpoint_tokenizer, encode_checked, shown
 
 
 def print_stream(tokens, tokenizer):
@@ -30,12 +30,13 @@ def main(argv=None):
     parser = flags.ArgumentParser("Generate text with a trained model, printed token by token.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
     add("--out_dir", default="out/default", help="a run's folder, or a checkpoint file")
-    add("--start", default="\n", help="the text to continue; FILE:path reads it from a file")
+    add("--start", default="\n", help="the text to continue, a newline if not given; FILE:path reads it from a file")
     add("--num_samples", type=count, default=1, help="how many continuations")
     add("--max_new_tokens", type=count, default=500, help="tokens to generate; block_size is no limit")
     add("--temperature", type=flags.parsed(float, at_least=0.01), default=0.8,
         help="divides the logits: below 1 more predictable, above 1 more random")
     add("--top_k", type=count, help="sample from the k most likely tokens; 1: greedy")
+    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
     add("--seed", type=flags.parsed(int, at_least=0, at_most=2**32), default=1, help="of the random choices")
     flags.add_scaling_flags(parser)
     flags.add_flags(parser, DeviceConfig)
@@ -43,14 +44,14 @@ def main(argv=None):
 
     place = Place(args)
     checkpoint = load_checkpoint(args.out_dir)
-    tokenizer = checkpoint_tokenizer(checkpoint)
+    tokenizer = checkpoint_tokenizer(checkpoint, args.meta)
     start = args.start
     if start.startswith("FILE:"):
         start = read_text(Path(start.removeprefix("FILE:")))
     if not start:
         raise ValueError(f"{args.start} is empty: the model needs at least one token to continue")
     if unknown := tokenizer.unknown_characters(start):
-        print(f"note: the model has never seen {unknown!r} and reads U+FFFD instead")
+        print(f"note: the model has never seen {shown(unknown)} and reads U+FFFD instead")
 
     torch.manual_seed(args.seed)
     ids = encode_checked(tokenizer, start, checkpoint)
@@ -58,8 +59,8 @@ def main(argv=None):
     overrides = {name: getattr(args, name) for name in ("rope_scaling", "attn_scaling") if getattr(args, name)}
     if args.rope_scaling:  # one factor for the whole text: cached keys are rotated already
         length = len(ids) + args.max_new_tokens
-        overrides["rope_factor"] = (max(1.0, length / checkpoint["config"]["block_size"])
-                                    if args.rope_factor == "auto" else args.rope_factor)
+        L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
+        overrides["rope_factor"] = max(1.0, length / L) if args.rope_factor == "auto" else args.rope_factor
     model = load_model(checkpoint, **overrides).to(place.device)
     for _ in range(args.num_samples):
         print(start, end="", flush=True)

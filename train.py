@@ -1,19 +1,18 @@
 """
-Train a GPT on one GPU or on a CPU:
+Train a GPT on a CPU, a GPU or several:
 
     python train.py                                             HoPE on the default text
     python train.py @config/cpu_demo --pe rope --out_dir out/rope
     python train.py --resume --out_dir out/rope                 continue an interrupted run
     torchrun --nproc_per_node=4 train.py @config/cpu_demo --gradient_accumulation_steps 4
 
-Two runs with the same --seed see the same batches and start from the same shared weights, whatever their encoding.
-A run leaves in OUT_DIR: ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest
-validation loss) and log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
+Runs with the same --seed see the same batches and start from the same shared weights, whatever their encoding. OUT_DIR
+then holds ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest validation loss) and
+log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
 """
 import math
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -22,12 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import flags
-from common.checkpoint import append_log, cut_log, init_weights, load_checkpoint, lock, save_checkpoint
+from common.checkpoint import append_log, cut_log, exclusive, init_weights, load_checkpoint, save_checkpoint
 from common.device import DeviceConfig, Place, explained_failures, pick_compile, stop_signals
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
-from common.report import describe_result, describe_run
-from data.loader import DEFAULT_DATASET, open_dataset, token_tensor, training_batch, validation_batches
-from data.tokenizer import checkpoint_tokenizer
+from common.report import describe_result, describe_run, show_progress
+from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
 from model import GPT, GPTConfig, knob
 
 
@@ -62,12 +60,6 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
         self.log_interval = self.log_interval or self.eval_interval
 
 
-NANOGPT_FLAGS = {
-    "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
-    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
-    "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
-    "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best",
-    "--backend": "it follows from --device"}
 # The vocabulary comes with the text; attn_scaling is for evaluation and sampling.
 NETWORK_FLAGS = [knob.name for knob in fields(GPTConfig) if knob.name not in ("vocab_size", "attn_scaling")]
 # What a resumed run may change: where it runs, how far it goes, what it measures and saves, but not what it computes.
@@ -75,26 +67,31 @@ FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compil
                   "log_interval", "save_interval", "save_minutes", "keep_every"}
 
 
-def train(run, signals, bar):
-    """The loop -> whether it was asked to stop before max_iters.
+def due(step, interval):
+    """Whether something that happens every `interval` steps (None: never) happens at this step."""
+    return interval is not None and step % interval == 0
 
-    With several processes all have to take the same decisions. They decide from the step alone. On what depends on the
-    clock or on a signal they agree every tenth step, because that makes a GPU wait.
+
+def train(run, signals, bar):
+    """The loop -> whether a signal stopped it before max_iters.
+
+    With several processes all must take the same decisions. They decide from the step alone; on the clock and on
+    signals they agree every tenth step, because that makes a GPU wait.
     """
-    config, place, first = run.config, run.place, run.iter
+    config, place, first, stopping = run.config, run.place, run.iter, False
     while True:
-        step = run.iter
+        step, overdue = run.iter, False
         if place.n_processes == 1 or step % 10 == 0:
             stopping, overdue = place.any(bool(signals)), place.any(run.save_is_overdue())
         ending = stopping or step >= config.max_iters
-        evaluating = step != run.logged and (step % config.eval_interval == 0 or step == config.max_iters)
-        saving = evaluating or step > first and (
-            ending or overdue or step % (config.save_interval or math.inf) == 0)
-        keeping = step % (config.keep_every or math.inf) == 0
+        evaluating = step != run.evaluated and (due(step, config.eval_interval) or step == config.max_iters)
+        logging = evaluating or (step > first and due(step, config.log_interval))
+        saving = evaluating or (step > first and (ending or overdue or due(step, config.save_interval)))
+        keeping = step > first and due(step, config.keep_every)
         if saving or keeping or step % 10 == 0:  # reading the loss makes a GPU wait
             run.check_health()
-            run.show(bar)
-        if evaluating or step > first and step % config.log_interval == 0:
+            show_progress(run, bar)
+        if logging:
             run.log(run.evaluate() if evaluating else {})
         if saving:
             run.save()
@@ -116,10 +113,10 @@ class Run:
         self.config, self.meta, self.ids, self.place = config, meta, ids, place
         torch.manual_seed(config.seed)
         self.model = GPT(network).to(place.device)
-        self.optimizer = make_optimizer(self.model, config, place.device)
+        self.optimizer = make_optimizer(self.model, config, place.device, place.dtype)
         # Small gradients would be zero in float16, so the scaler multiplies the loss.
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
-        torch.manual_seed(config.seed + place.rank)  # again: dropout must not depend on the encoding
+        torch.manual_seed(config.seed + place.rank)  # again: encodings draw different numbers of initial values
         self.compiled = pick_compile(config.compile, place.device)
         self.fast_model = torch.compile(self.model) if self.compiled else self.model
         if place.n_processes > 1:
@@ -128,7 +125,7 @@ class Run:
         self.tokens_per_step = config.batch_size * config.gradient_accumulation_steps * network.block_size
         self.iter = 0  # steps done
         self.saved = 0  # the step in ckpt.pt
-        self.logged = -1  # the step in the last line of log.jsonl
+        self.evaluated = -1  # the step of the last evaluation
         self.best_val_loss = math.inf  # nats per token, of best.pt
         self.started = self.saved_at = time.time()
         self.val_loss = self.train_loss = self.grad_norm = self.lr = None  # the latest
@@ -148,7 +145,7 @@ class Run:
             if place.n_processes > 1:
                 self.fast_model.require_backward_grad_sync = i == micro_batches[-1]  # once per step
             with place.autocast():
-                loss = self.fast_model(x, y)[1] / len(micro_batches)  # the sum is the mean over one large batch
+                loss = self.fast_model(x, y)[1] / len(micro_batches)  # their sum is the mean over the step's batch
             self.scaler.scale(loss).backward()
             train_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)  # clipping applies to the true gradient
@@ -165,9 +162,10 @@ class Run:
     @torch.no_grad()
     def evaluate(self):
         """Loss on the same validation tokens each time -> {"val_loss": ...}. Writes best.pt if it is the lowest."""
-        config, self.logged = self.config, self.iter
+        self.evaluated = self.iter
         if self.place.rank > 0:
             return {}
+        config = self.config
         self.model.eval()
         losses = []
         for x, y in validation_batches(self.ids["val"], config.batch_size, self.model.config.block_size,
@@ -191,7 +189,7 @@ class Run:
                      "lr": self.lr}
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
         self.write(append_log, "log.jsonl", line)
-        if self.place.rank == 0 and not sys.stderr.isatty():  # there is no progress bar to look at
+        if self.place.rank == 0 and not sys.stderr.isatty():  # no progress bar is shown
             print(", ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
 
     def weights(self):
@@ -200,7 +198,7 @@ class Run:
         return {"config": network, "model": self.model.state_dict(), "tokenizer": self.meta["tokenizer"],
                 "args": {**network, **asdict(self.config)},
                 "dataset": {"path": self.config.dataset, "sha256": self.meta["sha256"]},
-                "iter": self.iter, "best_val_loss": self.best_val_loss, "logged": self.logged,
+                "iter": self.iter, "best_val_loss": self.best_val_loss, "logged": self.evaluated,
                 "seconds": time.time() - self.started}
 
     def state(self):
@@ -216,13 +214,13 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
         self.place.set_rng_state(state["rng"])
         self.iter = self.saved = state["iter"]
-        self.best_val_loss, self.logged = state["best_val_loss"], state["logged"]
+        self.best_val_loss, self.evaluated = state["best_val_loss"], state["logged"]
         self.started = time.time() - state["seconds"]  # earlier sessions count
         self.loss_sum += state.get("loss_sum", 0)
         self.loss_count = state.get("loss_count", 0)
 
     def save(self):
-        self.saved_at = time.time()  # in any case: a full disk is not tried again at every step
+        self.saved_at = time.time()  # even if it fails: a full disk is not tried again at every step
         if self.write(save_checkpoint, "ckpt.pt", self.state()):
             self.saved = self.iter
 
@@ -254,20 +252,13 @@ class Run:
             f"rate {self.lr:.3g}. {self.config.out_dir}/ckpt.pt still holds step {self.saved:,}; start again in "
             "another --out_dir with a lower --learning_rate, more --warmup_iters or a lower --grad_clip")
 
-    def show(self, bar):
-        if self.train_loss is not None:
-            val = {} if self.val_loss is None else {"val": f"{self.val_loss:.3f}"}
-            rate = (bar.format_dict["rate"] or 0) * self.tokens_per_step
-            bar.set_postfix(loss=f"{self.train_loss.item():.3f}", **val, tokens_per_s=f"{rate:,.0f}", refresh=False)
-
 
 def parse(argv):
     """-> GPTConfig, TrainConfig, and the checkpoint to resume or to start from, or None.
 
     Raises ValueError if they do not fit together.
     """
-    parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo",
-                                  NANOGPT_FLAGS)
+    parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo")
     flags.add_flags(parser.add_argument_group("network"), GPTConfig, *NETWORK_FLAGS)
     flags.add_flags(parser.add_argument_group("run"), TrainConfig)
     args, checkpoint = parser.parse_args(argv), None
@@ -277,7 +268,7 @@ def parse(argv):
         if "optimizer" not in checkpoint:
             raise ValueError(f"{out_dir}/ckpt.pt holds weights only, which can be scored, sampled and named by "
                              "--init_from, but not resumed")
-        was = {"optimizer": "adamw", **checkpoint["args"]}  # before there was a choice, it was AdamW
+        was = {"optimizer": "adamw", **checkpoint["args"]}  # older checkpoints were all trained with it
         args = flags.parse_again(parser, argv, was, FREE_ON_RESUME)
         if args.max_iters < checkpoint["iter"]:
             raise ValueError(f"{out_dir} has done {checkpoint['iter']} steps, more than --max_iters {args.max_iters}")
@@ -290,47 +281,29 @@ def parse(argv):
     return network, TrainConfig(**{knob.name: getattr(args, knob.name) for knob in fields(TrainConfig)}), checkpoint
 
 
-def open_text(network, config, checkpoint):
-    """-> meta and token ids of the data set. Raises ValueError if the run cannot use it."""
-    meta, ids = open_dataset(config.dataset)
-    for name, part in ids.items():
-        if len(part) <= network.block_size:
-            raise ValueError(f"{config.dataset}/{name}.bin has {len(part)} tokens and a window needs block_size + 1 = "
-                             f"{network.block_size + 1}: use more text or a smaller --block_size")
-    if checkpoint and checkpoint_tokenizer(checkpoint).to_dict() != meta["tokenizer"]:
-        raise ValueError(f"{config.dataset} has another tokenizer than the checkpoint: name another --dataset")
-    if config.resume and checkpoint["dataset"]["sha256"] != meta["sha256"]:
-        raise ValueError(f"{config.dataset} is not the text that {config.out_dir} was trained on: the sha256 differs")
-    return meta, ids
-
-
 def main(argv=None):
     network, config, checkpoint = parse(argv)
-    place, out_dir = Place(config, training_width=network.n_embd), Path(config.out_dir)
+    place = Place(config, training_width=network.n_embd)
     place.join_processes(config.gradient_accumulation_steps)
-    meta, ids = open_text(network, config, checkpoint)
+    meta, ids = open_to_train(config.dataset, network.block_size, checkpoint, config.resume)
     ids = {name: token_tensor(part, place.device) for name, part in ids.items()}
     # A checkpoint's vocabulary can be larger than its tokenizer's: nanoGPT pads it.
     network = replace(network, vocab_size=checkpoint["config"]["vocab_size"] if checkpoint else meta["vocab_size"])
-    out_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with (lock(out_dir, wait=False) if place.rank == 0 else nullcontext(),
-              explained_failures(network, config, place)):
-            run = Run(network, config, meta, ids, place)
-            taken = None
+        with exclusive(config.out_dir, place.rank), explained_failures(network, config, place):
+            run, taken = Run(network, config, meta, ids, place), None
             if config.resume:
                 run.load(checkpoint)
             elif checkpoint:
                 taken = init_weights(run.model, checkpoint)
             if place.rank == 0:
-                cut_log(out_dir / "log.jsonl", run.logged)
+                cut_log(Path(config.out_dir, "log.jsonl"), run.iter if config.resume else -1)
                 describe_run(run, taken)
-            with stop_signals() as signals, tqdm(total=config.max_iters, initial=run.iter, unit="step",
-                                                 dynamic_ncols=True, disable=place.rank > 0) as bar:
+            with stop_signals() as signals, tqdm(
+                    total=config.max_iters, initial=run.iter, unit="step", dynamic_ncols=True,
+                    disable=place.rank > 0 or not sys.stderr.isatty()) as bar:
                 stopped = train(run, signals, bar)
             place.wait_for_others()  # nobody leaves before rank 0 has saved
-    except BlockingIOError as error:
-        raise ValueError(f"another process is training in {out_dir}: choose another --out_dir") from error
     finally:
         place.leave_processes()
     if run.write_error:

@@ -1,12 +1,12 @@
 """
-Checkpoints, written and read: complete whenever a process is killed, loaded without executing anything.
+Checkpoints, written and read: written atomically, read without executing code.
 
 A checkpoint is a dict of plain values and tensors: config (GPTConfig), model (weights), tokenizer, args (flags of the
 run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --resume needs.
 """
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 from model import GPT, GPTConfig
 
 # --------------------------------------------------------------------------------------------------
-# Files that are complete or not there
+# Atomic writes
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def replacing(path):
 
 @contextmanager
 def lock(folder, wait):
-    """Hold an existing folder for this process alone. Another one waits for it, or gets a BlockingIOError."""
+    """Hold an existing folder for this process alone. Another process waits (wait=True) or gets a BlockingIOError."""
     try:
         import fcntl
     except ImportError:  # Windows: there is no lock
@@ -51,6 +51,17 @@ def lock(folder, wait):
         yield
     finally:
         os.close(handle)
+
+
+@contextmanager
+def exclusive(out_dir, rank):
+    """Make the folder of a run and hold it, in the process of rank 0. Raises ValueError if another run holds it."""
+    Path(out_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with lock(out_dir, wait=False) if rank == 0 else nullcontext():
+            yield
+    except BlockingIOError as error:
+        raise ValueError(f"another process is training in {out_dir}: choose another --out_dir") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -134,8 +145,10 @@ def init_weights(model, checkpoint):
         raise ValueError("--init_from cannot change " + ", ".join(f"{name} ({was[name]} there, {now[name]} here)"
                                                                   for name in fixed) + ": leave these flags out")
     weights, own = checkpoint["model"], model.state_dict()
-    dropped = {name for encoding, module in (("pe", "wpe."), ("local_pe", "wpe_local."))
-               for name in weights if name.startswith(f"transformer.{module}") and was.get(encoding) != now[encoding]}
+    old, new = GPTConfig(**was), model.config
+    changed = [module for module, a, b in (("wpe.", old.pe, new.pe), ("wpe_local.", old.local().pe, new.local().pe))
+               if a != b]
+    dropped = {name for name in weights if name.startswith(tuple(f"transformer.{module}" for module in changed))}
     taken = [name for name in own if name in weights and name not in dropped]
     for name in taken:
         if weights[name].shape != own[name].shape:

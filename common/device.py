@@ -15,6 +15,8 @@ from torch import distributed
 
 from model import knob
 
+HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private: it may disappear
+
 
 @dataclass
 class DeviceConfig:
@@ -37,7 +39,7 @@ class Place:
         self.dtype = pick_dtype(config.dtype, self.device, training_width)
         self.rank, self.n_processes = 0, 1
         if self.device.type == "cuda" and training_width:
-            torch.set_float32_matmul_precision("high")  # TF32: 10 bits of fraction, several times faster
+            torch.set_float32_matmul_precision("high")  # TF32: 10 bits of fraction, several times faster than float32
 
     def __str__(self):
         """The device as results name it: a GPU's own name, or the number of threads that a CPU provided."""
@@ -135,7 +137,7 @@ def pick_dtype(name, device, training_width=0):
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu" and training_width >= 256 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+    if device.type == "cpu" and training_width >= 256 and HAS_BFLOAT16():
         return torch.bfloat16
     return torch.float32
 
@@ -179,7 +181,7 @@ def stop_signals():
 
 
 def memory_estimate(network, batch_size, dtype):
-    """Bytes that training needs, roughly: weights, gradients, AdamW's two moments, and what backward keeps."""
+    """Bytes that training needs, roughly: weights, gradients, up to two moments, and what backward keeps."""
     C, V, tokens = network.n_embd, network.vocab_size, batch_size * network.block_size
     weights = 12 * network.n_layer * C * C + V * C
     # channels kept per token and layer: norms 2, q k v and their rotated copies 5, attention and its projection 3,
@@ -196,8 +198,8 @@ def explained_failures(network, config, place):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise RuntimeError("torch.compile failed; continue without it: python train.py --resume --no-compile "
                                f"--out_dir {config.out_dir}. {error}") from error
-        scarce = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's words for it
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in scarce):
+        memory_errors = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's words for it
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in memory_errors):
             raise
         gigabytes = memory_estimate(network, config.batch_size, place.dtype) / 1e9
         raise RuntimeError(f"out of memory on {place}; these flags need about {gigabytes:.1f} GB: halve --batch_size "

@@ -1,5 +1,5 @@
 """
-Command-line flags: made from the fields of a dataclass, kept in @FILE, wrong in one line.
+Command-line flags, made from the fields of a dataclass or read from @FILE; an error is one line.
 
     parser = ArgumentParser("What the script does.")
     add_flags(parser, GPTConfig, "rope_scaling", "attn_scaling")    fields of a dataclass, made by model.knob
@@ -20,6 +20,16 @@ from model import GPTConfig, check_value
 PROJECT = Path(__file__).resolve().parent.parent
 
 
+# Flags of nanoGPT that are not here, and what to do instead
+NANOGPT = {
+    "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
+    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
+    "--wandb_project": "losses are in OUT_DIR/log.jsonl", "--wandb_run_name": "losses are in OUT_DIR/log.jsonl",
+    "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
+    "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best so far",
+    "--backend": "it follows from --device", "--num_epochs": "give --max_iters"}
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag with its default, unless that says nothing (None, or False for a switch)."""
 
@@ -29,15 +39,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line.
+    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line."""
 
-    hints: what to do instead of a flag that other projects have, by its name.
-    """
-
-    def __init__(self, description, hints=()):
+    def __init__(self, description):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=HelpFormatter)
-        self.hints = dict(hints)
 
     def convert_arg_line_to_args(self, line):
         return map(located, shlex.split(line, comments=True))
@@ -47,8 +53,8 @@ class ArgumentParser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].split("=")[0]
-            if name in self.hints:
-                self.error(f"there is no {name} here: {self.hints[name]}")
+            if name in NANOGPT:
+                self.error(f"there is no {name} here: {NANOGPT[name]}")
             if Path(located(f"@{name}")[1:]).is_file():
                 self.error(f"unknown argument {name!r}: a file of flags is given as @{name}")
             close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
@@ -74,7 +80,7 @@ class Switch(argparse.Action):
 
     def __init__(self, option_strings, dest, **options):
         names = [option_strings[0], option_strings[0].replace("--", "--no-", 1)]
-        super().__init__(names, dest, nargs="?", metavar="", **options)
+        super().__init__(names, dest, nargs="?", metavar="True|False", **options)
 
     def __call__(self, parser, namespace, value, option):
         words = {"true": True, "1": True, "false": False, "0": False}
@@ -124,7 +130,7 @@ def add_flags(parser, config, *names, **changes):
 
 
 def add_scaling_flags(parser, several=False):
-    """--rope_scaling, --rope_factor, --attn_scaling; several: the first and the last take several values."""
+    """--rope_scaling, --rope_factor, --attn_scaling; several: --rope_scaling and --attn_scaling take several values."""
     group = parser.add_argument_group("beyond the trained context, without training")
     changes, factor = {"nargs": "+"} if several else {}, parsed(float, at_least=1)
     changes |= {"default": None}
@@ -133,15 +139,15 @@ def add_scaling_flags(parser, several=False):
               "auto: as many as there are", type=lambda text: text if text == "auto" else factor(text))
 
 
-def parse_again(parser, argv, was, free):
-    """Parse argv with the values of an earlier run, was, as defaults.
+def parse_again(parser, argv, stored, free):
+    """Parse argv with the flags of an earlier run, stored, as defaults.
 
     Raises ValueError if a flag that is not in free has changed.
     """
-    parser.set_defaults(**was)
+    parser.set_defaults(**stored)
     args = parser.parse_args(argv)
-    changed = [f"--{name} was {was[name]} and is now {value}" for name, value in vars(args).items()
-               if name in was and name not in free and was[name] != value]
+    changed = [f"--{name} was {stored[name]} and is now {value}" for name, value in vars(args).items()
+               if name in stored and name not in free and stored[name] != value]
     if changed:
         raise ValueError(f"a run cannot be resumed with other flags: {'; '.join(changed)}: leave them out or start "
                          "again in another --out_dir")
@@ -151,7 +157,7 @@ def parse_again(parser, argv, was, free):
 def parse_from(parser, argv, config, names):
     """Parse argv with the named values of a checkpoint's configuration as defaults.
 
-    A larger block_size with rope_scaling means that the rotation was slowed down from the checkpoint's block_size.
+    If --rope_scaling is new, it starts from the block_size of the checkpoint.
     """
     parser.set_defaults(**{name: config[name] for name in names if name in config})
     args = parser.parse_args(argv)

@@ -47,14 +47,14 @@ def print_table(title, columns, rows):
 def run_names(paths):
     """The shortest ends of the paths that tell runs apart, without .pt: rope, or rope/ckpt_000100."""
     for n in range(1, 10):
-        names = [str(Path(*Path(path).with_suffix("").parts[-n:])) for path in paths]
+        names = [str(Path(*Path(str(path).removesuffix(".pt")).parts[-n:])) for path in paths]
         if len(set(names)) == len(names):
             return names
     return list(paths)
 
 
 def print_model(model):
-    """Two or three lines on a GPT: its size, its encoding, and which pairs of channels a rotary one rotates."""
+    """Print the size of a GPT, its encoding, and which pairs of channels a rotary one rotates."""
     config, pe = model.config, model.transformer.wpe
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"network   {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: {size / 1e6:.2f} M "
@@ -73,7 +73,7 @@ def print_model(model):
 
 
 def describe_run(run, taken=None):
-    """Print what is about to happen, so that a wrong flag is noticed now and not in the morning."""
+    """Print what is about to happen, so that a wrong flag is noticed before the training."""
     config, n_train, network = run.config, len(run.ids["train"]), run.model.config
     print_model(run.model)
     changed = [knob.name for knob in fields(network) if getattr(network, knob.name) != knob.default]
@@ -95,6 +95,14 @@ def describe_run(run, taken=None):
         if config.max_iters > run.iter >= config.lr_decay_iters:
             print(f"note      the schedule ended at step {config.lr_decay_iters:,}: the learning rate stays at its "
                   "minimum")
+
+
+def show_progress(run, bar):
+    """Losses and speed in the progress bar."""
+    if run.train_loss is not None:
+        val = {} if run.val_loss is None else {"val": f"{run.val_loss:.3f}"}
+        rate = (bar.format_dict["rate"] or 0) * run.tokens_per_step
+        bar.set_postfix(loss=f"{run.train_loss.item():.3f}", **val, tokens_per_s=f"{rate:,.0f}", refresh=False)
 
 
 def describe_result(run, stopped):
@@ -146,7 +154,7 @@ def rounded(value, digits):
     if isinstance(value, (list, tuple)):
         return [rounded(part, digits) for part in value]
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if value == value else None
+        return None if math.isnan(value) else float(f"{value:.{digits}g}")
     return value
 
 

@@ -43,6 +43,27 @@ def open_dataset(name):
         raise ValueError(f"{path} is damaged ({error}): make it again with `{command}`") from error
 
 
+def open_to_train(name, block_size, checkpoint=None, same_text=False):
+    """open_dataset for a training with windows of block_size tokens, which may continue from a checkpoint.
+
+    Raises ValueError if a part is shorter than a window, if the checkpoint has another tokenizer or, with same_text, if
+    it was trained on another text.
+    """
+    meta, ids = open_dataset(name)
+    for part, tokens in ids.items():
+        if len(tokens) <= block_size:
+            raise ValueError(f"{name}/{part}.bin has {len(tokens)} tokens and a window needs block_size + 1 = "
+                             f"{block_size + 1}: use more text or a smaller --block_size")
+    if checkpoint and not checkpoint["tokenizer"] and checkpoint["config"]["vocab_size"] == meta["vocab_size"]:
+        print(f"note: the checkpoint does not say what its {meta['vocab_size']:,} tokens are; they are taken for those of "
+              f"{name}")
+    elif checkpoint and saved_tokenizer(checkpoint) != meta["tokenizer"]:
+        raise ValueError(f"{name} has another tokenizer than the checkpoint: name another --dataset")
+    if same_text and checkpoint["dataset"]["sha256"] != meta["sha256"]:
+        raise ValueError(f"{name} is not the text that the run was trained on: the sha256 differs")
+    return meta, ids
+
+
 def make_default(path):
     """Make the default data set. Raises FileNotFoundError if path is another one."""
     if path != dataset_path(DEFAULT_DATASET):

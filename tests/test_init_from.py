@@ -89,13 +89,18 @@ def test_a_model_trained_with_scaling_is_scored_with_it_unless_another_is_asked_
         {"rope_scaling": "yarn", "rope_factor": "auto", "attn_scaling": "none"}]
 
 
-def test_a_nanogpt_checkpoint_can_be_continued_with_its_own_characters(dataset, tmp_path):
+def test_a_nanogpt_checkpoint_can_be_continued_on_a_text_of_as_many_characters_and_says_so(dataset, tmp_path, capsys):
     old = run(dataset, tmp_path / "learned", "--pe", "learned", "--max_iters", "5")
     names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
     torch.save({"model": old["model"], "model_args": {name: old["config"][name] for name in names}, "iter_num": 5,
                 "config": {}}, tmp_path / "nanogpt.pt")
-    with pytest.raises(ValueError, match="vocabulary"):  # whose characters these 99 ids are, it does not say
-        continued(tmp_path / "nanogpt.pt", dataset, tmp_path / "next", "--max_iters", "5")
+    capsys.readouterr()
+    continued(tmp_path / "nanogpt.pt", dataset, tmp_path / "next", "--max_iters", "5")
+    assert "does not say what its 99 tokens are" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("another text of other letters\n" * 200)
+    other = prepare(str(tmp_path / "text.txt"), "char", tmp_path / "other", charset="auto")
+    with pytest.raises(ValueError, match="vocabulary"):
+        continued(tmp_path / "nanogpt.pt", str(other), tmp_path / "more", "--max_iters", "5")
 
 
 def test_resume_of_a_run_that_started_from_another_does_not_start_again(finished_run, dataset, tmp_path):

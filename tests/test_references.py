@@ -22,8 +22,18 @@ SCALINGS = ["none", "pi", "ntk", "yarn"]
 # --- the references
 
 
+WITHOUT_BIAS = {"nope", "learned", "sinusoidal"}
+
+
+def missing(pe):
+    pytest.fail(f"write a reference for {pe} in tests/test_references.py: what it adds to a logit in bias(), how many "
+                "pairs it rotates in kept_pairs(), or what it does to an embedding in embedded() (and then add it to "
+                "WITHOUT_BIAS)", pytrace=False)
+
+
 def kept_pairs(pe):
-    return {"rope": 5, "prope": 3, "hope": sum(10000 ** (-2 * j / 10) * L / (2 * math.pi) >= 1 for j in range(5))}[pe]
+    kept = {"rope": 5, "prope": 3, "hope": sum(10000 ** (-2 * j / 10) * L / (2 * math.pi) >= 1 for j in range(5))}
+    return kept[pe] if pe in kept else missing(pe)
 
 
 def scaled_angle(j, scaling, s, head_dim=HEAD_DIM, block_size=L):
@@ -84,7 +94,7 @@ def bias(pe, weights, h, m, n):
         x = psi(distance) / (psi(max(m, abs(weights["multiplier"] * L))) + 1e-6)
         hidden = [max(0.0, float(w * x + b)) for w, b in zip(weights["weight_1"], weights["bias_1"])]
         return sum(w * y for w, y in zip(weights["weight_2"][h], hidden)) + weights["bias_2"][h]
-    return 0.0
+    return 0.0 if pe in WITHOUT_BIAS or pe in ROTARY else missing(pe)
 
 
 def embedded(pe, token, n, weights):

@@ -169,11 +169,48 @@ def test_weight_decay_spares_norms_biases_and_what_encodings_learn():
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest():
     model = tiny("t5")
-    made, (matrices, embeddings, vectors) = made_optimizer(model)
-    assert len(matrices) == 8 and {name.split(".")[-2] for name in matrices} == {"c_attn", "c_proj", "c_fc"}
+    made, (qkv, others, embeddings, vectors) = made_optimizer(model)
+    assert len(qkv) == 2 and {name.split(".")[-2] for name in qkv} == {"c_attn"}
+    assert len(others) == 6 and {name.split(".")[-2] for name in others} == {"c_proj", "c_fc"}
     assert embeddings == ["transformer.wte.weight"] and "transformer.wpe.table" in vectors
-    assert len(matrices) + len(embeddings) + len(vectors) == len(list(model.parameters()))
-    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.1, 0.0]
+    assert len(qkv + others + embeddings + vectors) == len(list(model.parameters()))
+    assert [group["weight_decay"] for group in made.param_groups] == [0.1, 0.1, 0.1, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_muon_takes_the_steps_of_pytorch_s_own_muon(dtype):
+    """Which rounds to bfloat16: relative to the step, the difference is a rounding error."""
+    torch.manual_seed(0)
+    start = [torch.randn(48, 16), torch.randn(16, 48), torch.randn(24, 24)]
+    ours, theirs = ([torch.nn.Parameter(weight.clone()) for weight in start] for _ in range(2))
+    one = optimizer.Muon([{"params": ours}], lr=0.03, momentum=0.9, weight_decay=0.1, dtype=dtype)
+    other = torch.optim.Muon(theirs, lr=0.03, momentum=0.9, weight_decay=0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        one.step()
+        other.step()
+    for a, b, weight in zip(ours, theirs, start):
+        assert (a - b).norm() < 0.05 * (a - weight).norm()
+
+
+def test_stacked_matrices_are_orthogonalized_one_by_one():
+    torch.manual_seed(0)
+    stacked, gradient = torch.nn.Parameter(torch.zeros(48, 16)), torch.randn(48, 16)
+    apart = [torch.nn.Parameter(torch.zeros(16, 16)) for _ in range(3)]
+    stacked.grad = gradient.clone()
+    for part, piece in zip(apart, gradient.split(16)):
+        part.grad = piece.clone()
+    for groups in ([{"params": [stacked], "parts": 3}], [{"params": apart}]):
+        optimizer.Muon(groups, lr=0.1, momentum=0.9, weight_decay=0.0, dtype=torch.float32).step()
+    torch.testing.assert_close(stacked, torch.cat(apart))
+
+
+def test_muon_computes_in_bfloat16_only_if_the_model_does():
+    made = [optimizer.make_optimizer(tiny("hope"), optimizer.OptimizerConfig(), torch.device("cpu"), dtype)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    assert [both.optimizers[0].dtype for both in made] == [torch.float32, torch.float32, torch.bfloat16]
 
 
 def test_one_step_of_muon_moves_all_directions_of_a_matrix_by_its_rate_and_adamw_the_rest_by_its_own():

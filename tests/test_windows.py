@@ -70,7 +70,8 @@ def reference(model, idx):
         pe = (config.local_pe or config.pe) if short else config.pe
         base = (config.local_rope_base or config.rope_base) if short else config.rope_base
         module = "wpe_local" if short and "wpe_local" in model.transformer else "wpe"
-        learned = {name.split(".")[-1]: v.tolist() for name, v in w.items() if name.startswith(f"transformer.{module}.")}
+        learned = {name.split(".")[-1]: value.tolist() for name, value in w.items()
+                   if name.startswith(f"transformer.{module}.")}
         layer, heads = f"transformer.h.{i}.", []
         q, k, v = linear(norm(x, layer + "ln_1"), layer + "attn.c_attn").chunk(3, dim=-1)
         for h in range(HEADS):
