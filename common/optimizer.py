@@ -48,15 +48,15 @@ def orthogonalized(x, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized momentum, for weight matrices (Keller Jordan, https://kellerjordan.github.io/posts/muon).
+    """Orthogonalized momentum, for weight matrices (K. Jordan, https://kellerjordan.github.io/posts/muon).
 
     The gradient of a matrix usually has a few large singular values, so that a step along it moves few directions.
     Muon takes the (Nesterov) momentum of the gradient and replaces its singular values by about 1: every direction
     moves by the same amount. It keeps one number per weight where AdamW keeps two.
 
-    The same as torch.optim.Muon, but for two things. A group's matrices can consist of `parts` stacked matrices, as q, k
-    and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization: bfloat16, which
-    torch.optim.Muon always takes, is 40 times slower than float32 on CPUs without units for it.
+    The same as torch.optim.Muon, except for two things. The matrices of a group can consist of `parts` stacked ones, such
+    as q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization: bfloat16,
+    which torch.optim.Muon always takes, is 40 times slower than float32 on CPUs without units for it.
     """
 
     def __init__(self, groups, lr, momentum, weight_decay, dtype):

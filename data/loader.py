@@ -55,8 +55,8 @@ def open_to_train(name, block_size, checkpoint=None, same_text=False):
             raise ValueError(f"{name}/{part}.bin has {len(tokens)} tokens and a window needs block_size + 1 = "
                              f"{block_size + 1}: use more text or a smaller --block_size")
     if checkpoint and not checkpoint["tokenizer"] and checkpoint["config"]["vocab_size"] == meta["vocab_size"]:
-        print(f"note: the checkpoint does not say what its {meta['vocab_size']:,} tokens are; they are taken for those of "
-              f"{name}")
+        print(f"note: the checkpoint does not say what its {meta['vocab_size']:,} tokens are; they are taken for those "
+              f"of {name}")
     elif checkpoint and saved_tokenizer(checkpoint) != meta["tokenizer"]:
         raise ValueError(f"{name} has another tokenizer than the checkpoint: name another --dataset")
     if same_text and checkpoint["dataset"]["sha256"] != meta["sha256"]:
