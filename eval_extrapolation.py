@@ -282,6 +282,8 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     report.check_outputs(args)
+    if args.rope_factor != "auto" and args.rope_scaling in (None, ["none"]):
+        print("note: --rope_factor has no effect without --rope_scaling")
     place = Place(args)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import shlex
 import sys
 import typing
@@ -28,6 +29,9 @@ NANOGPT = {
     "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
     "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best so far",
     "--backend": "it follows from --device", "--num_epochs": "give --max_iters"}
+NANOGPT |= {f"--init_from {name}": "GPT-2's weights are not downloaded; name a ckpt.pt of nanoGPT or a run's folder"
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+NANOGPT |= {"--init_from resume": "add --resume", "--init_from scratch": "leave it out"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -63,6 +67,8 @@ class ArgumentParser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == "":
                 self.error(f"--{name} is empty: give it a value or leave it out")
+            if f"--{name} {value}" in NANOGPT and not Path(value).exists():
+                self.error(f"there is no --{name} {value} here: {NANOGPT[f'--{name} {value}']}")
         return args
 
     def error(self, message):
@@ -122,11 +128,19 @@ def add_flags(parser, config, *names, **changes):
         if kind is bool:
             options = {"action": Switch}
         elif "one_of" in limits:
-            options = {"choices": list(limits["one_of"])}
+            options = {"choices": list(limits["one_of"]), "metavar": knob.name.upper()}
         else:
             options = {"type": parsed(kind, **limits)}
-        options |= {"default": knob.default, "help": knob.metadata["help"], **changes}
+        choices = limits.get("one_of", ())
+        words = "; ".join(map(summary, choices.items())) if choices and knob.name == "pe" else ", ".join(choices)
+        options |= {"default": knob.default, "help": f"{knob.metadata['help']}{': ' * bool(words)}{words}", **changes}
         parser.add_argument(f"--{knob.name}", **options)
+
+
+def summary(row):
+    """A name and its class -> "name: the first sentence of its docstring", without the source in parentheses."""
+    text = re.sub(r"\s*\([^()]*(arXiv|GPT-2)[^()]*\)", "", " ".join((row[1].__doc__ or "").split()))
+    return f"{row[0]}: {text.partition('. ')[0].rstrip('.')}"
 
 
 def add_scaling_flags(parser, several=False):

@@ -14,7 +14,7 @@ LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone
 @dataclass
 class OptimizerConfig:
     optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
-                          one_of=LEARNING_RATES)
+                          one_of=tuple(LEARNING_RATES))
     learning_rate: float | None = knob(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
                                        above=0)
     muon_learning_rate: float = knob(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
@@ -54,9 +54,9 @@ class Muon(torch.optim.Optimizer):
     Muon takes the (Nesterov) momentum of the gradient and replaces its singular values by about 1: every direction
     moves by the same amount. It keeps one number per weight where AdamW keeps two.
 
-    The same as torch.optim.Muon, except for two things. The matrices of a group can consist of `parts` stacked ones, such
-    as q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization: bfloat16,
-    which torch.optim.Muon always takes, is 40 times slower than float32 on CPUs without units for it.
+    It differs from torch.optim.Muon in two points. The matrices of a group can consist of `parts` stacked matrices, such
+    as q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization:
+    torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it.
     """
 
     def __init__(self, groups, lr, momentum, weight_decay, dtype):
