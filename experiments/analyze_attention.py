@@ -204,7 +204,7 @@ def pair_swing(curves, starts, block_size, beyond):
     known = curves[..., starts < block_size]
     if not beyond:
         count = (~known.isnan()).sum(-1)
-        return ((known - known.nanmean(-1, keepdim=True)).square().nansum(-1) / (count - 1)).sqrt()
+        return ((known - known.nanmean(-1, keepdim=True)).square().nansum(-1) / (count - 1).clamp(min=1)).sqrt()
     new = curves[..., (starts >= block_size) & (starts <= starts[-1] / 2)]
     low = known.nan_to_num(math.inf).amin(-1, keepdim=True)
     high = known.nan_to_num(-math.inf).amax(-1, keepdim=True)

@@ -1,69 +1,57 @@
 """
 Speed and memory as ratios: everything that is compared runs in one process, in turns, and the median counts.
 
-    python -m experiments.bench                                  all four, a quarter of an hour on two CPU cores
+    python -m experiments.bench                                  the first five, half an hour on two CPU cores
     python -m experiments.bench train --n_layer 4 --n_embd 128 --block_size 128 --batch_size 32 --json FILE
+    python -m experiments.bench windows --pe hope:SSSL:16 nope+rope:SSSL:16 --n_layer 4 --n_embd 128 --block_size 128
+    python -m experiments.bench time_to_loss --compete nanogpt:600 muon:250 adamw:400:5e-3 --seed 1 2 3 --plot FILE.png
 
-train      a step of each encoding against one of nope; a step of this GPT against one of a plain GPT (below)
-generate   new tokens with the cache and without; how the time per token grows with the position
-evaluate   all buckets from one pass against one pass per bucket; how the time grows with the length
-memory     peak memory of an evaluation to 64 L, each encoding in its own process
+train         a step of each encoding against one of nope; a step of this GPT against one of nanoGPT's network
+generate      new tokens with the cache and without; how the time per token grows with the position
+evaluate      all buckets from one pass against one pass per bucket; how the time grows with the length
+memory        peak memory of an evaluation to 64 L, each encoding in its own process
+windows       layers with windows against the same network without: a training step, 1,000 new tokens, an evaluation to
+              16 L and to 64 L, and what the cache holds
+time_to_loss  how long each way to train takes to the loss that the first one ends with (see race())
 
---optimizer, --dtype and --compile apply to train, where the plain GPT has AdamW and float32. The others run as
-evaluation and sampling do on a CPU, in float32.
+--optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
+runs as evaluation and sampling do on a CPU, in float32. --pe takes encodings or arrangements of layers
+(experiments/arrangements.py).
 
 A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
 are slowed down alike by whatever else the machine does. nope against itself shows how much of a ratio is chance.
 """
+import argparse
+import math
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from common import flags
 from common.device import DeviceConfig, Place, pick_compile
-from common.optimizer import OptimizerConfig, make_optimizer
-from common.report import check_output, write_json
+from common.optimizer import LEARNING_RATES, OptimizerConfig, make_optimizer
+from common.report import add_output_flags, check_outputs, import_pyplot, print_table, save_picture, write_json
+from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
+from experiments.arrangements import fields_of
+from experiments.nanogpt import PlainGPT, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
-from train import TrainConfig
+from train import Run, TrainConfig
 
 # Dense bfloat16 FLOP/s from the data sheets, by the full name: an "H100 PCIe" is another card.
 PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
               "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12,
               "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
-
-
-class PlainGPT(nn.Module):
-    """GPT-2 written without any option: the baseline. Same sizes, float32, no cache, positions from a table."""
-
-    def __init__(self, config):
-        super().__init__()
-        C = config.n_embd
-        self.n_head = config.n_head
-        self.tokens, self.positions = nn.Embedding(config.vocab_size, C), nn.Embedding(config.block_size, C)
-        self.layers = nn.ModuleList(nn.ModuleList((
-            nn.LayerNorm(C), nn.Linear(C, 3 * C), nn.Linear(C, C), nn.LayerNorm(C), nn.Linear(C, 4 * C),
-            nn.Linear(4 * C, C))) for _ in range(config.n_layer))
-        self.norm, self.head = nn.LayerNorm(C), nn.Linear(C, config.vocab_size, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, idx, targets):
-        x = self.tokens(idx) + self.positions(torch.arange(idx.size(1), device=idx.device))  # (B, T, C)
-        for norm_1, qkv, out, norm_2, up, down in self.layers:
-            q, k, v = qkv(norm_1(x)).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
-            x = x + out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-            x = x + down(F.gelu(up(norm_2(x))))
-        logits = self.head(self.norm(x))
-        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,16 +99,21 @@ def training_step(model, optimizer, x, y, autocast):
 
 
 def step_of(pe, config, optimizer, x, y, place, compiled):
-    """-> a function that takes one training step with an encoding. optimizer: its name."""
-    model = GPT(GPTConfig(**config, pe=pe)).to(place.device)
-    optimizer = make_optimizer(model, OptimizerConfig(optimizer=optimizer), place.device)
+    """-> a function that takes one training step of an arrangement of layers. optimizer: its name."""
+    model = GPT(GPTConfig(**config, **fields_of(pe))).to(place.device)
+    optimizer = make_optimizer(model, OptimizerConfig(optimizer=optimizer), place.device, place.dtype)
     return partial(training_step, torch.compile(model) if compiled else model, optimizer, x, y, place.autocast())
 
 
-def bench_train(args, config, place):
-    compiled = pick_compile(args.compile, place.device)
+def step_maker(args, config, place):
+    """-> a function from an arrangement of layers to its training step, all on the same batch."""
     x, y = torch.randint(config["vocab_size"], (2, args.batch_size, args.block_size), device=place.device)
-    make_step = partial(step_of, config=config, optimizer=args.optimizer, x=x, y=y, place=place, compiled=compiled)
+    return partial(step_of, config=config, optimizer=args.optimizer, x=x, y=y, place=place,
+                   compiled=pick_compile(args.compile, place.device))
+
+
+def bench_train(args, config, place):
+    make_step, compiled = step_maker(args, config, place), pick_compile(args.compile, place.device)
     results = {"dtype": str(place.dtype).removeprefix("torch."), "compiled": compiled, "optimizer": args.optimizer,
                "encodings": {}}
     print(f"\na training step, {place.dtype}: time, that of nope, ratio")
@@ -130,12 +123,13 @@ def bench_train(args, config, place):
         (nope, _), (median, ratio) = timed.values()
         print(f"  {pe:24} {1000 * median:10.1f} ms  {1000 * nope:10.1f} ms   {ratio:6.3f}", flush=True)
         results["encodings"][pe] = {"seconds": median, "nope_seconds": nope, "ratio": ratio}
-    results["against plain"] = bench_against_plain(args, config, place, x, y, make_step)
+    results["against plain"] = bench_against_plain(args, config, place, make_step)
     return results
 
 
-def bench_against_plain(args, config, place, x, y, make_step):
+def bench_against_plain(args, config, place, make_step):
     torch.compiler.reset()
+    x, y = make_step.keywords["x"], make_step.keywords["y"]
     plain = PlainGPT(GPTConfig(**config)).to(place.device)
     optimizer = torch.optim.AdamW(plain.parameters())
     calls = {"plain GPT, float32": partial(training_step, plain, optimizer, x, y, nullcontext()),
@@ -250,33 +244,195 @@ def score_long(config, pe, length, chunk, device):
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9)  # macOS counts in bytes
 
 
-BENCHMARKS = {"train": bench_train, "generate": bench_generate, "evaluate": bench_evaluate, "memory": bench_memory}
+# --------------------------------------------------------------------------------------------------
+# Layers with windows
 
 
-def main(argv=None):
+@torch.no_grad()
+def cache_bytes(model, n_tokens):
+    """What the KV cache holds after n_tokens."""
+    cache = KVCache(n_tokens)
+    model(torch.zeros(1, n_tokens, dtype=torch.long, device=model.lm_head.weight.device), cache=cache)
+    return sum(stored.nbytes for layer in cache.store.values() for stored in layer)
+
+
+def bench_windows(args, config, place):
+    device, L, results = place.device, args.block_size, {}
+    make_step = step_maker(args, config, place)
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
+    text = torch.randint(config["vocab_size"], (1, 64 * L + 1), device=device)
+    for name in args.pe or [f"hope:SSSL:{max(1, L // 8)}"]:
+        pair = (fields_of(name)["pe"], name)  # without windows and with them
+        torch.compiler.reset()
+        steps = in_turns({pe: make_step(pe) for pe in pair}, args.repeats, device, SETTLE)
+        found = results[name] = {"a training step": report(f"a training step, {place.dtype}", steps)}
+        models = {pe: GPT(GPTConfig(**config, **fields_of(pe))).to(device).eval() for pe in pair}
+        for title, repeats, call in (
+                ("1,000 new tokens", 3, lambda model: model.generate(prompt, 1000, top_k=1)),
+                ("evaluation of a window of 16 L", 5, lambda model: score(model, text[:, :16 * L + 1], args.chunk, 1)),
+                ("evaluation of a window of 64 L", 3, lambda model: score(model, text, args.chunk, 1))):
+            calls = {pe: partial(call, model) for pe, model in models.items()}
+            found[title] = report(title, in_turns(calls, min(repeats, args.repeats), device))
+        found["cache in bytes after 1,000 tokens"] = held = {pe: cache_bytes(models[pe], 1000) for pe in pair}
+        print("\ncache after 1,000 tokens: " + ", ".join(f"{pe} {size / 1e6:.2f} MB" for pe, size in held.items()))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------
+# Time to a loss
+
+
+def competitor(text):
+    """"muon:250" or "adamw:600:5e-3" -> name, steps, learning rate or None. For argparse."""
+    name, *numbers = text.split(":")
+    if len(numbers) not in {"nanogpt": [1], **dict.fromkeys(LEARNING_RATES, [1, 2])}.get(name, []):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a way to train: write nanogpt:STEPS, muon:STEPS, "
+                                         "adamw:STEPS or adamw:STEPS:LEARNING_RATE")
+    steps, *rate = numbers
+    return name, flags.parsed(int, at_least=1)(steps), flags.parsed(float, above=0)(rate[0]) if rate else None
+
+
+def make_runs(args, config, place, seed, out_dir):
+    """-> {name: a train.Run for each competitor and, but for nanogpt, each --pe}."""
+    meta, ids = open_dataset(args.dataset)
+    ids, runs = {name: token_tensor(part, place.device) for name, part in ids.items()}, {}
+    sizes = {**config, "vocab_size": meta["vocab_size"]}
+    settings = {knob.name: getattr(args, knob.name) for knob in fields(TrainConfig) if hasattr(args, knob.name)}
+    for name, steps, rate in args.compete:
+        chosen = TrainConfig(**{**settings, "seed": seed, "max_iters": steps, "out_dir": out_dir, "learning_rate": rate,
+                                "optimizer": "adamw" if name == "nanogpt" else name})
+        label = name + (f" {rate:g}" if rate else "") + f", {steps} steps"
+        if name == "nanogpt":
+            dtype = args.dtype if place.device.type == "cuda" else "float32"  # as in its train.py
+            own_place = Place(DeviceConfig(args.device, dtype), training_width=args.n_embd)
+            runs[label] = nanogpt_run(sizes, chosen, meta, ids, own_place)
+            continue
+        for pe in args.pe or ["hope"]:
+            runs[f"{pe} {label}"] = Run(GPTConfig(**sizes, **fields_of(pe)), chosen, meta, ids, place)
+    return runs
+
+
+def race(runs, device, eval_interval):
+    """Train runs at the same time in one process -> {name: its evaluations, with the seconds that its steps took}.
+
+    The run that is least far in its own schedule takes the next step, so that whatever else the machine does slows all
+    of them alike. Evaluations are not timed.
+    """
+    for run in runs.values():  # compile, and allocate memory, before the clock runs
+        x, y = training_batch(run.ids["train"], run.config.batch_size, run.model.config.block_size, 0, 0, device)
+        with run.place.autocast():
+            run.fast_model(x, y)[1].backward()
+        run.optimizer.zero_grad(set_to_none=True)
+    clocks, curves = dict.fromkeys(runs, 0.0), {name: [] for name in runs}
+    while unfinished := [name for name, run in runs.items() if run.iter < run.config.max_iters]:
+        name = min(unfinished, key=lambda name: runs[name].iter / runs[name].config.max_iters)
+        run = runs[name]
+        clocks[name] += seconds(run.step, device)
+        if run.iter % eval_interval == 0 or run.iter == run.config.max_iters:
+            curves[name].append({"iter": run.iter, "tokens": run.iter * run.tokens_per_step, "seconds": clocks[name],
+                                 **run.evaluate()})
+    return curves
+
+
+def reached(curves):
+    """Curves of race() -> {name: when it reached the last loss of the first one, and its own last loss}.
+
+    Numbers are infinite if it did not. "loss by then": its lowest loss in the time that the first one took in all.
+    """
+    baseline = next(iter(curves.values()))
+    target, found = baseline[-1]["val_loss"], {}
+    never = dict.fromkeys(("iter", "tokens", "seconds"), math.inf)
+    for name, curve in curves.items():
+        at = next((point for point in curve if point["val_loss"] <= target), never)
+        in_time = [point["val_loss"] for point in curve if point["seconds"] <= baseline[-1]["seconds"]]
+        found[name] = {"last loss": curve[-1]["val_loss"], "loss by then": min(in_time, default=math.inf),
+                       "steps": at["iter"], "tokens": at["tokens"], "seconds": at["seconds"]}
+    first = next(iter(found.values()))["seconds"]
+    return {name: {**row, "ratio": row["seconds"] / first} for name, row in found.items()}
+
+
+def bench_time_to_loss(args, config, place):
+    """Each seed is a race of its own; the table shows medians over seeds."""
+    races, results = [], []
+    for seed in args.seed:
+        with tempfile.TemporaryDirectory() as folder:  # a Run writes best.pt
+            races.append(race(make_runs(args, config, place, seed, folder), place.device, args.eval_interval))
+        results.append(reached(races[-1]))
+        for name, row in results[-1].items():
+            print(f"  seed {seed}  {name:32} {row['seconds']:8.1f} s   last loss {row['last loss']:.4f}", flush=True)
+    medians = {name: {key: statistics.median(result[name][key] for result in results) for key in row}
+               for name, row in results[0].items()}
+    medians = {name: {key: value if math.isfinite(value) else None for key, value in row.items()}
+               for name, row in medians.items()}
+    digits = {"last loss": 4, "loss by then": 4, "steps": 0, "tokens": 0, "seconds": 1, "ratio": 3}
+    print_table(f"time to the loss that {next(iter(medians))} ends with, medians over {len(args.seed)} seeds; loss by "
+                "then: in the time that this takes; -: not reached", list(digits),
+                {name: ["-" if row[key] is None else f"{row[key]:,.{n}f}" for key, n in digits.items()]
+                 for name, row in medians.items()})
+    if args.plot:
+        plot_races(races, args.plot)
+    return {"medians": medians, "seeds": args.seed, "races": races}
+
+
+def plot_races(races, path):
+    """Validation loss against minutes; one line per seed."""
+    pyplot = import_pyplot()
+    figure, panel = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+    for i, name in enumerate(races[0]):
+        for race_, label in zip(races, (name, *[None] * len(races))):
+            panel.plot([point["seconds"] / 60 for point in race_[name]], [point["val_loss"] for point in race_[name]],
+                       color=f"C{i}", label=label, linewidth=1.5)
+    target = statistics.median(next(iter(curves.values()))[-1]["val_loss"] for curves in races)
+    panel.axhline(target, color="gray", linestyle="--", linewidth=1)
+    panel.set(xlabel="training time (minutes)", ylabel="validation loss (nats per token)")
+    panel.legend()
+    save_picture(figure, path)
+
+
+# Those before time_to_loss run by default.
+BENCHMARKS = {"train": bench_train, "generate": bench_generate, "evaluate": bench_evaluate, "memory": bench_memory,
+              "windows": bench_windows, "time_to_loss": bench_time_to_loss}
+
+
+def make_parser():
     parser = flags.ArgumentParser("Measure speed and memory as ratios, in turns, in one process.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
-    add("what", nargs="*", default=list(BENCHMARKS), help=f"some of {', '.join(BENCHMARKS)}")
+    default = [name for name in BENCHMARKS if name != "time_to_loss"]
+    add("what", nargs="*", default=default, help=f"some of {', '.join(BENCHMARKS)}")
     flags.add_flags(parser, GPTConfig, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     parser.set_defaults(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=99)
     add("--batch_size", type=count, default=8, help="windows per training step")
     add("--chunk", type=count, default=128, help="tokens of a window per forward, in evaluations")
     add("--repeats", type=count, default=9, help="rounds over which the median is taken")
-    flags.add_flags(parser, OptimizerConfig, "optimizer")
+    add("--pe", nargs="+", metavar="PE", help="windows, time_to_loss: encodings or arrangements of layers, such as "
+        "nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
     flags.add_flags(parser, TrainConfig, "compile")
-    add("--json", metavar="FILE", help="write the results to this file")
+    add_output_flags(parser, "time_to_loss: loss against minutes")
     flags.add_flags(parser, DeviceConfig)
-    args = parser.parse_args(argv)
+    group = parser.add_argument_group("time_to_loss; the optimizer's flags are for muon and adamw, not for nanogpt")
+    group.add_argument("--compete", nargs="+", type=competitor, metavar="NAME:STEPS",
+                       default=[("nanogpt", 600, None), ("muon", 300, None), ("adamw", 600, None)],
+                       help="nanogpt:STEPS, muon:STEPS, adamw:STEPS:LEARNING_RATE, ...; the first sets the loss; "
+                            "default: nanogpt:600 muon:300 adamw:600")
+    flags.add_flags(group, TrainConfig, "dataset", "eval_iters")
+    flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
+    flags.add_flags(group, TrainConfig, "eval_interval", default=10, help="steps between evaluations")
+    schedule = [knob.name for knob in fields(OptimizerConfig) if knob.name not in ("learning_rate", "lr_decay_iters")]
+    flags.add_flags(group, OptimizerConfig, *schedule)
+    return parser
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     for name in args.what:
         if name not in BENCHMARKS:
             raise ValueError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
-    if args.json:
-        check_output(args.json)
+    for pe in args.pe or ():
+        fields_of(pe)  # raises ValueError
+    check_outputs(args)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     GPTConfig(**config)  # raises ValueError if the sizes do not fit each other
     place = Place(args, training_width=args.n_embd)
-    if place.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # as in train.py
     print(f"{place}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, T = {args.block_size}, "
           f"batch {args.batch_size}")
     result = {"device": str(place), "config": config, "batch_size": args.batch_size}

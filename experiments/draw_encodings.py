@@ -3,11 +3,14 @@ What each encoding adds to the attention logit, by distance between query and ke
 
     python -m experiments.draw_encodings out/rope out/hope out/alibi --plot encodings.png
 
-One panel per run, computed from its checkpoint through the three methods of model.PositionalEncoding:
+One panel per run, or two if its layers differ (S and L), computed from its checkpoint through the three methods of
+model.PositionalEncoding:
 
     bias      the bias itself, one line per head
     rotary    the logit of a query and a key of all ones: 2 / sqrt(D) sum_j cos(distance theta_j)
     embed     the dot product of the vectors added at two positions, over their mean square, averaged over positions
+
+The line of a layer with a window ends where the window does.
 """
 import math
 
@@ -20,9 +23,18 @@ from model import rotate
 
 
 @torch.no_grad()
-def logit_by_distance(model, length):
-    """-> the kind of term, and its values at distances 0 ... length - 1 (lines, length), nan where undefined."""
-    pe, config = model.transformer.wpe, model.config
+def logit_by_distance(model, length, layers="L"):
+    """The term that a model's L or S layers add -> what it is, and its values at distances 0 ... length - 1 (lines,
+    length), nan where it is undefined or outside the window."""
+    name, lines = encoding_by_distance(model.encodings[layers], model.config, length)
+    if layers == "S" and model.config.window:
+        lines = lines.clone()
+        lines[:, model.config.window:] = math.nan
+    return name, lines
+
+
+def encoding_by_distance(pe, config, length):
+    """The same for an encoding, without a window."""
     pos = torch.arange(length)
     bias = pe.bias(pos[-1:], pos)
     if bias is not None:
@@ -40,21 +52,33 @@ def logit_by_distance(model, length):
     return "dot product", line[None]
 
 
+def panels_of(model):
+    """-> the panels of a model: "S" and "L", or one of them if all of its layers are the same."""
+    config = model.config
+    local = config.local()
+    differ = local.window or (local.pe, local.rope_base) != (config.pe, config.rope_base)
+    return sorted(set(config.kinds()), reverse=True) if differ else ["L"]
+
+
 def draw(models, max_factor, path):
-    pyplot = import_pyplot()
-    columns = min(4, len(models))
-    rows = math.ceil(len(models) / columns)
+    """One panel per model and kind of layer."""
+    panels = [(model, layers) for model in models for layers in panels_of(model)]
+    pes = [model.configs[layers].pe for model, layers in panels]
+    pyplot, columns = import_pyplot(), min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
     figure, axes = pyplot.subplots(rows, columns, figsize=(9.5, 2.6 * rows), squeeze=False, layout="constrained")
-    for panel in axes.flat[len(models):]:
+    for panel in axes.flat[len(panels):]:
         panel.axis("off")
-    for panel, model, style in zip(axes.flat, models, styles([vars(model.config) for model in models])):
+    for panel, (model, layers), pe, style in zip(axes.flat, panels, pes, styles([{"pe": pe} for pe in pes])):
         L = model.config.block_size
-        kind, lines = logit_by_distance(model, max_factor * L)
+        kind, lines = logit_by_distance(model, max_factor * L, layers)
         for line in lines:
             panel.plot(line, color=style["color"], linewidth=1.2)
         panel.axvline(L, color="gray", linestyle=":")
+        panel.set_xlim(-0.04 * max_factor * L, 1.04 * max_factor * L)
         panel.set_xticks([0, L, max_factor * L], ["0", "L", f"{max_factor} L"])
-        panel.set_title(f"{model.config.pe}\n{kind}", fontsize=11)
+        where = f" in {layers} layers" if len(panels_of(model)) > 1 else ""
+        panel.set_title(f"{pe}{where}\n{kind}", fontsize=11)
     figure.supxlabel("distance between query and key (tokens)", fontsize="medium")
     save_picture(figure, path)
 

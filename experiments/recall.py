@@ -3,6 +3,7 @@ Does a model find again what it has read, further back than it was trained for? 
 that looks at nothing but the last few tokens has a flat perplexity.
 
     python -m experiments.recall --json recall.json --plot recall.png     train small models on two tasks and test them
+    python -m experiments.recall --pe rope hope rope:SL:16 hope:SL:16 nope+rope:SL:16 --seed 1 2 3 --jobs 2 --json FILE
     python -m experiments.recall out/rope out/hope --json recall_text.json --plot recall_text.png
 
 The tasks, sequences of n tokens, filled up with filler (^ start, . filler, | separator; letters are drawn anew for
@@ -14,31 +15,37 @@ each sequence, from 32 and without repetition). The answers are underlined:
                                                =
     decoy      ^ c a f b e d . . . . . h g | f b            the same, with another pair in between
 
-One model of each encoding learns copy and binding at once, half of each batch, from sequences of even length up to L.
-Decoys occur only in tests. Tests have odd lengths up to 16 L and the same 4 to 8 letters or 3 to 6 pairs at any
-length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one.
+One model per encoding and seed learns copy and binding at once, half of each batch, from sequences of even length up to
+L. Decoys occur only in tests. Tests have odd lengths up to 16 L and the same 4 to 8 letters or 3 to 6 pairs at any
+length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one. --pe names
+encodings or arrangements of layers (experiments/arrangements.py). A command that was killed continues where it was if
+it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
 passage again. How much better is it predicted than the same passage at the same position, read for the first time?
 
 Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
+import json
 import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import asdict, fields
+from itertools import starmap
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from common import flags, report
-from common.checkpoint import load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model, replacing
 from common.device import DeviceConfig, Place
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import document_windows, text_to_score
 from eval_extrapolation import bucket_edges
-from model import GPT, PE, GPTConfig
+from experiments.arrangements import fields_of, name_of
+from model import GPT, PE, GPTConfig, KVCache
 from train import TrainConfig
 
 # --------------------------------------------------------------------------------------------------
@@ -120,23 +127,37 @@ def generator_for(*numbers):
 # Training and testing
 
 
-def train(config, args, device):
+def optimizer_config(args):
+    config = OptimizerConfig(**{knob.name: getattr(args, knob.name) for knob in fields(OptimizerConfig)})
+    config.lr_decay_iters = config.lr_decay_iters or args.max_iters
+    return config
+
+
+def train(config, args, seed, device):
     """-> a model trained on copy and binding, and the loss of its last step in nats per answer."""
-    torch.manual_seed(args.seed)
-    model = GPT(config).to(device).train()
-    optimizer = make_optimizer(model, args, device)
+    torch.manual_seed(seed)
+    model, schedule = GPT(config).to(device).train(), optimizer_config(args)
+    optimizer = make_optimizer(model, schedule, device)
     for step in range(args.max_iters):
-        generator = generator_for(args.seed, step)
+        generator = generator_for(seed, step)
         length = choose(range(SHORTEST, config.block_size + 1, 2), generator)  # even
         halves = [task(args.batch_size // 2, length, generator) for task in (copy_task, binding_task)]
         tokens, targets = (torch.cat(parts).to(device) for parts in zip(*halves))  # (B, length)
-        set_learning_rate(optimizer, step, args)
+        set_learning_rate(optimizer, step, schedule)
         optimizer.zero_grad(set_to_none=True)
         loss = model(tokens, targets)[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     return model.eval(), loss.item()
+
+
+def most_likely(model, tokens, targets, chunk=1024):
+    """Tokens (B, T) -> the model's choice of each next token (B, T). Long sequences pass in chunks, to save memory."""
+    length = tokens.size(1)
+    cache = KVCache(length) if length > chunk else None
+    return torch.cat([model(tokens[:, at:at + chunk], targets[:, at:at + chunk], cache)[0].argmax(-1)
+                      for at in range(0, length, chunk)], dim=1)
 
 
 @torch.no_grad()
@@ -154,7 +175,7 @@ def test(model, task, start, end, n_batches, seed, device):
     for i in range(n_batches):
         generator = generator_for(seed, end, i)
         tokens, targets = (x.to(device) for x in task(16, choose(lengths, generator), generator))
-        answer = model(tokens, targets)[0].argmax(-1)  # (B, T)
+        answer = most_likely(model, tokens, targets)  # (B, T)
         asked = targets >= 0
         right = (answer == targets) & asked
         # the last token before the separator: a letter if there is a decoy, else filler, which is never an answer
@@ -167,30 +188,70 @@ def test(model, task, start, end, n_batches, seed, device):
     return bucket
 
 
-def train_and_test(pe, args, device):
-    """One encoding -> its run, as the JSON holds it. In float32: so small a network gains nothing from less."""
+def train_and_test(config, seed, args, device):
+    """One network and seed -> its run, as the JSON holds it. In float32: so small a network gains nothing from less."""
     torch.set_num_threads(1)  # nor from a second thread
-    edges = bucket_edges(args.block_size, args.max_factor)
-    config = GPTConfig(pe=pe, vocab_size=VOCAB_SIZE, **{name: getattr(args, name) for name in SIZES})
+    edges, name = bucket_edges(args.block_size, args.max_factor), name_of(config)
     started, cpu = time.time(), time.process_time()
-    model, loss = train(config, args, device)
-    tasks = {name: [test(model, task, start, end, args.batches, args.seed, device)
-                    for start, end in zip(edges, edges[1:])] for name, (task, _) in TASKS.items()}
-    inside = ", ".join(f"{name} {buckets[0]['accuracy']:.3f}" for name, buckets in tasks.items())
-    print(f"{pe:10} {time.time() - started:5.0f} s   accuracy inside L: {inside}", flush=True)
-    return {"name": pe, "pe": pe, "loss": loss, "seconds": time.time() - started,
-            "cpu_seconds": time.process_time() - cpu, "tasks": tasks}
+    model, loss = train(config, args, seed, device)
+    tasks = {task: [test(model, make, start, end, args.batches, seed, device) for start, end in zip(edges, edges[1:])]
+             for task, (make, _) in TASKS.items()}
+    inside = ", ".join(f"{task} {buckets[0]['accuracy']:.3f}" for task, buckets in tasks.items())
+    print(f"{name:16} seed {seed}   {time.time() - started:5.0f} s   accuracy inside L: {inside}", flush=True)
+    return {"name": name, "pe": config.pe, "seed": seed, "config": asdict(config), "loss": loss,
+            "seconds": time.time() - started, "cpu_seconds": time.process_time() - cpu, "tasks": tasks}
 
 
-def test_encodings(args, device):
-    """-> the run of each encoding; --jobs of them at a time."""
+def side_by_side(function, arguments, jobs):
+    """Yield function(*a) for each a of a list, in order; jobs > 1: so many at a time, in processes of their own."""
+    if jobs == 1 or not arguments:
+        yield from starmap(function, arguments)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(function, *zip(*arguments))
+
+
+def train_and_test_all(args, device):
+    """-> the run of each network and seed. Finished ones are kept in a file beside --json until all are done."""
     if args.block_size < 2 * SHORTEST:
         raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {2 * SHORTEST} or more")
-    one = partial(train_and_test, args=args, device=device)
-    if args.jobs == 1:
-        return list(map(one, args.pe))
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return list(pool.map(one, args.pe))
+    common = {name: getattr(args, name) for name in NETWORK}
+    networks = [GPTConfig(vocab_size=VOCAB_SIZE, **{**common, **fields_of(pe)}) for pe in args.pe]
+    settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
+    jobs = {json.dumps([asdict(config), seed, settings]): (config, seed) for config in networks for seed in args.seed}
+    kept = Path(f"{args.json}.partial") if args.json else None
+    done = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
+    missing = [key for key in jobs if key not in done]
+    if len(missing) < len(jobs):
+        print(f"{len(jobs) - len(missing)} of {len(jobs)} models are in {kept}")
+    work = [(*jobs[key], args, device) for key in missing]
+    for key, run in zip(missing, side_by_side(train_and_test, work, args.jobs)):
+        done[key] = run
+        if kept:
+            with replacing(kept) as file:
+                file.write(json.dumps(done).encode())
+    return [done[key] for key in jobs]
+
+
+def mean_over_seeds(runs):
+    """Runs -> one for each network: the mean over its seeds, with standard errors over seeds. A single one stays."""
+    means = []
+    for name in dict.fromkeys(run["name"] for run in runs):
+        group = [run for run in runs if run["name"] == name]
+        tasks = {task: [mean_bucket(buckets) for buckets in zip(*(run["tasks"][task] for run in group))]
+                 for task in TASKS}
+        means.append({"name": name, "pe": group[0]["pe"], "seeds": [run["seed"] for run in group], "tasks": tasks})
+    return means
+
+
+def mean_bucket(buckets):
+    """The same bucket of several runs -> its mean, or None if the encoding is undefined there."""
+    if len(buckets) == 1 or buckets[0] is None:
+        return buckets[0]
+    mean = {key: buckets[0][key] for key in ("start", "end")}
+    for key in ("accuracy", "exact", "decoy"):
+        mean[key], mean[f"{key}_stderr"] = report.mean_and_stderr([bucket[key] for bucket in buckets])
+    return mean
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,19 +322,26 @@ def cells(buckets, key):
     return [report.format_cell(bucket[key], bucket[f"{key}_stderr"]) if bucket else "-" for bucket in buckets]
 
 
-def print_tasks(runs, edges):
+def print_tasks(runs, means, edges):
+    """Tables of accuracy by length: of each run and of the means over seeds, if there are several seeds."""
     columns = [f"({start:,}, {end:,}]" for start, end in zip(edges, edges[1:])]
-    for name, (_, chance) in TASKS.items():
-        rows = {run["name"] + " *" * (run["tasks"][name][0]["accuracy"] < LEARNED):
-                cells(run["tasks"][name], "accuracy") for run in runs}
-        report.print_table(f"{name}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}, "
+    several = len(means) < len(runs)
+    each = {f"{run['name']}, seed {run['seed']}" if several else run["name"]: run for run in runs}
+    if several:
+        each |= {f"{mean['name']}, mean of {len(mean['seeds'])}": mean for mean in means}
+    for task, (_, chance) in TASKS.items():
+        rows = {name + " *" * (run["tasks"][task][0]["accuracy"] < LEARNED): cells(run["tasks"][task], "accuracy")
+                for name, run in each.items()}
+        report.print_table(f"{task}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}, "
                            f"best guess that ignores order {chance:.3f}", columns, rows)
     for task, key, title in (
             ("copy", "exact", f"sequences without a mistake; best guess that ignores order {EXACT_CHANCE:.3f}"),
             ("decoy", "decoy", "answers that are the decoy's")):
-        rows = {run["name"]: cells(run["tasks"][task], key) for run in runs}
+        rows = {run["name"]: cells(run["tasks"][task], key) for run in means}
         report.print_table(f"{task}: share of {title}", columns, rows)
     print(f"*: below {LEARNED} inside L: not learned in these steps, so that the accuracy beyond L says little")
+    if several:
+        print("± of a run: over batches of test sequences; ± of a mean: over seeds")
     if any(None in row for run in runs for row in run["tasks"].values()):
         print("-: the encoding is undefined at these lengths")
 
@@ -333,7 +401,9 @@ def plot_text(runs, chance, path):
 
 # --------------------------------------------------------------------------------------------------
 
-SIZES = ("block_size", "n_layer", "n_head", "n_embd")
+NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "prope_fraction", "hope_cutoff", "window_pattern",
+           "window", "local_pe", "local_rope_base")
+NO_SETTING = ("jobs", "json", "plot", "device", "dtype")  # flags on which the results do not depend
 
 
 def make_parser():
@@ -345,16 +415,18 @@ def make_parser():
                         help="longest context in multiples of block_size")
 
     group = parser.add_argument_group("tasks (without OUT_DIR)")
-    flags.add_flags(group, GPTConfig, "pe", nargs="+", default=list(PE), help="encodings to train")
-    flags.add_flags(group, GPTConfig, *SIZES)
-    flags.add_flags(group, TrainConfig, "seed", "max_iters")
+    group.add_argument("--pe", nargs="+", default=list(PE), metavar="PE", help="networks to train: encodings, "
+                       "PE:PATTERN:WINDOW or PE+LOCAL_PE:PATTERN:WINDOW, such as nope+rope:SSSL:16")
+    flags.add_flags(group, GPTConfig, *NETWORK)
+    flags.add_flags(group, TrainConfig, "max_iters")
+    flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
     flags.add_flags(group, OptimizerConfig)
     group.add_argument("--batch_size", type=parsed(int, at_least=2), default=32,
                        help="sequences per step, half of each task")
-    group.add_argument("--jobs", type=count, default=1, help="encodings to train at once, each in a process of its own")
+    group.add_argument("--jobs", type=count, default=1, help="models to train at once, each in a process of its own")
     group.add_argument("--batches", type=count, default=16, help="tests of 16 sequences, per task and range of lengths")
     parser.set_defaults(block_size=64, n_layer=2, n_embd=64, max_iters=2000,
-                        optimizer="adamw", learning_rate=3e-3, min_lr=3e-4)
+                        learning_rate=3e-3, muon_learning_rate=1e-2)
 
     group = parser.add_argument_group("language models (with OUT_DIR)")
     group.add_argument("--dataset", help="folder whose validation text is read; default: that of the runs")
@@ -368,25 +440,26 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    args.lr_decay_iters = args.lr_decay_iters or args.max_iters
     report.check_outputs(args)
     place = Place(args)
     if args.runs:
         result = test_language_models(args, place)
         print_text(result["runs"], result["distances"], result["most_frequent_token"])
     else:
-        runs = test_encodings(args, place.device)
-        print_tasks(runs, bucket_edges(args.block_size, args.max_factor))
-        result = {"flags": vars(args), "chance_blind": 1 / LETTERS,
+        runs = train_and_test_all(args, place.device)
+        means = mean_over_seeds(runs)
+        print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor))
+        result = {"flags": {**vars(args), **asdict(optimizer_config(args))}, "chance_blind": 1 / LETTERS,
                   "chance_without_order": {name: chance for name, (_, chance) in TASKS.items()},
-                  "chance_exact_without_order": EXACT_CHANCE, "runs": runs}
+                  "chance_exact_without_order": EXACT_CHANCE, "runs": runs, "means": means}
     if args.json:
         result = {"seed": args.seed, "device": str(place), **result}
         report.write_json(args.json, "-m experiments.recall", result, digits=4)
+        Path(f"{args.json}.partial").unlink(missing_ok=True)
     if args.plot and args.runs:
         plot_text(result["runs"], result["most_frequent_token"], args.plot)
     elif args.plot:
-        plot_tasks(result["runs"], args.plot)
+        plot_tasks(result["means"], args.plot)
 
 
 if __name__ == "__main__":

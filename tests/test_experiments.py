@@ -20,6 +20,7 @@ from common.device import DeviceConfig, Place
 from common.report import rounded, run_names
 from experiments import (
     analyze_attention,
+    arrangements,
     bench,
     draw_attention,
     draw_encodings,
@@ -29,7 +30,7 @@ from experiments import (
     theory,
 )
 from experiments.analyze_attention import attention_inputs, logits_of, measure, pair_logits, pair_swing, position_bins
-from model import PE, GPTConfig, alibi_slopes, frequencies, rotate
+from model import GPT, PE, GPTConfig, alibi_slopes, frequencies, rotate
 from tests.test_encodings import tiny
 
 L = 32
@@ -65,8 +66,13 @@ def measured(model, length=2 * L, **options):
 # --- looking inside attention
 
 
-@pytest.mark.parametrize("pe", PE)
-def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(pe, monkeypatch):
+LAYERS = [*({"pe": pe} for pe in PE), {"pe": "hope", "window_pattern": "SL", "window": 5},
+          {"pe": "nope", "local_pe": "rope", "local_rope_base": 100, "window_pattern": "SL", "window": 5},
+          {"pe": "rope", "local_pe": "alibi", "window_pattern": "SL", "window": 0}]
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: "-".join(map(str, layers.values())))
+def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(layers, monkeypatch):
     """Its own attention: what scaled_dot_product_attention is given, in each layer."""
     seen = []
     attend = model_file.F.scaled_dot_product_attention
@@ -76,15 +82,16 @@ def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(pe, monkeypat
         return attend(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", spy)
-    length = L if pe == "learned" else 3 * L
-    model = tiny(pe, attn_scaling="logn")
+    length = L if layers["pe"] == "learned" else 3 * L
+    model = tiny(**layers, attn_scaling="logn")
     inside = attention_inputs(model, torch.randint(50, (length,)))
     past = torch.ones(length, length, dtype=torch.bool).tril()
     assert len(inside) == len(seen) == 2
     for (q, k, _, bias), (expected, mask) in zip(inside, seen):
         for head in range(2):
             torch.testing.assert_close(pair_logits(q[head], k[head]).sum(0), expected[head], atol=1e-4, rtol=0)
-        expected = expected if mask is None else expected + mask[0]
+        if mask is not None:  # visible or not, or a bias
+            expected = expected.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else expected + mask[0]
         torch.testing.assert_close(logits_of(q, k, bias)[:, past], expected[:, past], atol=1e-4, rtol=0)
 
 
@@ -336,7 +343,7 @@ class Answers(torch.nn.Module):
         self.answer, self.transformer = answer, torch.nn.Module()
         self.transformer.wpe = model_file.NoPE(None)
 
-    def forward(self, tokens, targets=None):
+    def forward(self, tokens, targets=None, cache=None):
         return torch.nn.functional.one_hot(self.answer(tokens, targets), recall.VOCAB_SIZE).float(), None
 
 
@@ -371,7 +378,7 @@ def test_training_and_test_lengths_are_disjoint_and_sequences_depend_on_the_seed
         assert all(length % 2 == 1 and start < length <= end for length in lengths[-5:])
     monkeypatch.setattr(recall, "copy_task", noting(recall.copy_task))
     args = recall.make_parser().parse_args(["--max_iters", "5", "--n_embd", "16"])
-    recall.train(GPTConfig(vocab_size=recall.VOCAB_SIZE, n_embd=16, block_size=64), args, torch.device("cpu"))
+    recall.train(GPTConfig(vocab_size=recall.VOCAB_SIZE, n_embd=16, block_size=64), args, 1, torch.device("cpu"))
     assert all(length % 2 == 0 and length <= 64 for length in lengths[-5:])
     one, same, other = (recall.copy_task(4, 40, recall.generator_for(*seed))[0] for seed in ((1, 2), (1, 2), (1, 3)))
     assert torch.equal(one, same) and not torch.equal(one, other)
@@ -386,6 +393,75 @@ def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_beyo
     assert hope["tasks"]["copy"][1]["accuracy"] is not None and learned["tasks"]["copy"][1] is None
     assert {"command", "seed", "device", "chance_without_order"} <= set(result)
     assert "best guess" in capsys.readouterr().out and (tmp_path / "r.png").exists()
+
+
+RECALL = ["--max_iters", "1", "--n_embd", "16", "--max_factor", "2", "--batches", "1", "--device", "cpu"]
+
+
+def test_recall_of_several_seeds_is_averaged_and_a_killed_command_keeps_what_it_has(tmp_path, monkeypatch, capsys):
+    arguments = [*RECALL, "--pe", "hope", "nope+rope:SL:4", "--seed", "1", "2", "--json", str(tmp_path / "r.json")]
+    trained, train_and_test = [], recall.train_and_test
+
+    def stopping(config, seed, args, device):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append((arrangements.name_of(config), seed))
+        return train_and_test(config, seed, args, device)
+
+    monkeypatch.setattr(recall, "train_and_test", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        recall.main(arguments)
+    assert not (tmp_path / "r.json").exists()
+    trained.clear()
+    recall.main(arguments)
+    assert trained == [("nope+rope:SL:4", 2)] and [path.name for path in tmp_path.iterdir()] == ["r.json"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [(run["name"], run["seed"]) for run in result["runs"]] == [
+        (name, seed) for name in ("hope", "nope+rope:SL:4") for seed in (1, 2)]
+    assert result["runs"][3]["config"]["local_pe"] == "rope" and result["runs"][3]["config"]["window"] == 4
+    for i, mean in enumerate(result["means"]):
+        values = [run["tasks"]["copy"][1]["accuracy"] for run in result["runs"][2 * i:2 * i + 2]]
+        assert mean["tasks"]["copy"][1]["accuracy"] == pytest.approx(sum(values) / 2, abs=1e-3)
+        assert mean["tasks"]["copy"][1]["accuracy_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-3)
+    assert "hope, seed 2" in capsys.readouterr().out
+
+
+def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypatch):
+    """--local_pe and --window have no effect here, since the arrangement sets them; every other flag has one."""
+    def loss(*flags):
+        args = recall.make_parser().parse_args([*RECALL, "--max_iters", "3", "--pe", "hope:SL:4", *flags])
+        return recall.train_and_test_all(args, torch.device("cpu"))[0]["loss"]
+
+    monkeypatch.setattr(recall, "test", lambda *args: {"accuracy": 0.0})
+    plain = loss()
+    assert loss() == plain
+    for flag in (("--local_pe", "rope"), ("--window", "2"), ("--rope_base", "100"), ("--local_rope_base", "100"),
+                 ("--hope_cutoff", "11"), ("--seed", "2"), ("--optimizer", "adamw"), ("--muon_learning_rate", "0.1")):
+        assert (loss(*flag) == plain) == (flag[0] in ("--local_pe", "--window")), flag
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: "-".join(map(str, layers.values())))
+def test_sequences_that_pass_in_chunks_get_the_same_answers(layers):
+    model, tokens = tiny(**layers, block_size=40), torch.randint(50, (3, 37))
+    whole = recall.most_likely(model, tokens, tokens)
+    assert torch.equal(whole, model(tokens, tokens)[0].argmax(-1)) and whole.shape == tokens.shape
+    torch.testing.assert_close(recall.most_likely(model, tokens, tokens, chunk=8), whole)
+
+
+@pytest.mark.parametrize("text, fields", [
+    ("hope", {"pe": "hope"}),
+    ("hope:SSSL:16", {"pe": "hope", "local_pe": None, "window_pattern": "SSSL", "window": 16}),
+    ("nope+rope:SL:0", {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 0})])
+def test_an_arrangement_is_read_and_named(text, fields):
+    assert arrangements.fields_of(text) == fields
+    assert arrangements.name_of(GPTConfig(**fields)) == text
+
+
+@pytest.mark.parametrize("text", ["", "rotary", "hope:SL", "hope:16", "hope+rope", "hope:SL:-1", "hope:SXL:4",
+                                  "+rope:SL:4", "nope+rotary:SL:4", "hope:SL:4:5"])
+def test_what_is_no_arrangement_is_refused(text):
+    with pytest.raises(ValueError, match="--pe"):
+        arrangements.fields_of(text)
 
 
 def test_a_repeated_passage_is_scored_at_its_second_position():
@@ -423,6 +499,22 @@ def test_what_an_encoding_adds_is_drawn_as_it_is():
     assert line[:32].isfinite().all() and line[32:].isnan().all() and line[0] == pytest.approx(1)
     line = draw_encodings.logit_by_distance(tiny("sinusoidal"), 100)[1][0]
     torch.testing.assert_close(line, torch.cos(torch.arange(100)[:, None] * theta_of(32)).mean(-1), atol=1e-4, rtol=0)
+
+
+def test_layers_that_differ_are_drawn_one_by_one_and_end_with_their_window(monkeypatch):
+    pytest.importorskip("matplotlib")
+    model = tiny("nope", local_pe="alibi", window_pattern="SL", window=7)
+    for layers, expected in (("S", -alibi_slopes(2)[:, None] * torch.arange(7.0)), ("L", torch.zeros(1, 7))):
+        lines = draw_encodings.logit_by_distance(model, 50, layers)[1]
+        torch.testing.assert_close(lines[:, :7], expected)
+        assert lines[:, 7:].isnan().all() == (layers == "S")
+    figures = []
+    monkeypatch.setattr(draw_encodings, "save_picture", lambda figure, path: figures.append(figure))
+    draw_encodings.draw([model, tiny("rope"), tiny("rope", window_pattern="SL"),
+                         tiny("hope", window_pattern="SL", window=4)], 2, "x.png")
+    titles = [panel.get_title().split("\n")[0] for panel in figures[0].axes]
+    assert [title for title in titles if title] == ["alibi in S layers", "nope in L layers", "rope", "rope",
+                                                    "hope in S layers", "hope in L layers"]
 
 
 @pytest.mark.parametrize("theta, seen, hatched", [
@@ -534,6 +626,97 @@ def test_the_benchmark_compares_every_encoding_with_nope(tmp_path, capsys):
     assert result["config"]["n_embd"] == 16 and "tokens/s" in capsys.readouterr().out
 
 
+TINY_BENCH = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 8 --batch_size 2 --repeats 1 --device cpu".split()
+
+
+def test_the_benchmark_of_windows_compares_with_the_same_network_without(tmp_path, monkeypatch, capsys):
+    generated = []  # 1,000 tokens take a while
+    monkeypatch.setattr(GPT, "generate", lambda model, prompt, n, top_k: generated.append((model.config.window, n)))
+    bench.main(["windows", *TINY_BENCH, "--pe", "nope+rope:SL:3", "--json", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())["windows"]["nope+rope:SL:3"]
+    assert all(set(row) == {"nope", "nope+rope:SL:3"} for row in found.values()) and len(found) == 5
+    # keys and values of 16 channels in float32: 1,000 tokens in each layer, or window - 1 = 2 in the first
+    assert found["cache in bytes after 1,000 tokens"] == {"nope": 2 * 128 * 1000, "nope+rope:SL:3": 128 * 1002}
+    assert found["a training step"]["nope"]["ratio"] == 1 and "0.26 MB" in capsys.readouterr().out
+    assert set(generated) == {(0, 1000), (3, 1000)}
+
+
+def test_the_baseline_is_nanogpts_network_with_nanogpts_settings(dataset, tmp_path):
+    """Its weights, put into a GPT with learned positions, which is GPT-2, give the same logits."""
+    args = bench.make_parser().parse_args(["time_to_loss", *TINY_BENCH, "--dataset", dataset, "--compete", "nanogpt:7"])
+    sizes = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+    run = bench.make_runs(args, sizes, CPU, 3, str(tmp_path))["nanogpt, 7 steps"]
+    plain, model = run.model, GPT(run.model.config)
+    weights = {"transformer.wte.weight": plain.tokens.weight, "transformer.wpe.weight": plain.positions.weight,
+               "transformer.ln_f.weight": plain.norm.weight, "lm_head.weight": plain.head.weight}
+    for i, layer in enumerate(plain.layers):
+        for name, part in zip(("ln_1", "attn.c_attn", "attn.c_proj", "ln_2", "mlp.c_fc", "mlp.c_proj"), layer):
+            weights[f"transformer.h.{i}.{name}.weight"] = part.weight
+    assert {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in model.state_dict().items()}
+    for name, weight in model.state_dict().items():  # the same initial distribution
+        assert weights[name].std().item() == pytest.approx(weight.std().item(), rel=0.35, abs=1e-6)
+    model.load_state_dict(weights)
+    tokens = torch.randint(run.model.config.vocab_size, (2, 8))
+    for ours, theirs in zip(model(tokens, tokens), plain(tokens, tokens)):
+        torch.testing.assert_close(ours, theirs)
+    rates = []
+    for _ in range(7):
+        run.step()
+        rates.append(run.lr)
+    assert rates[0] == pytest.approx(1e-3 / 101) and run.config.lr_decay_iters == 7
+    assert type(run.optimizer) is torch.optim.AdamW
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.1, 0]
+    assert sum(w.numel() for group in run.optimizer.param_groups for w in group["params"]) == sum(
+        w.numel() for w in plain.parameters())
+
+
+class Clockwork:
+    """A run whose steps are noted; each lowers the loss by 0.1."""
+
+    def __init__(self, name, steps, taken):
+        self.name, self.taken, self.iter, self.tokens_per_step = name, taken, 0, 5
+        self.config, self.place = bench.TrainConfig(max_iters=steps, batch_size=2), CPU
+        self.model = self.fast_model = tiny("nope")
+        self.optimizer = torch.optim.SGD(self.model.parameters())
+        self.ids = {"train": torch.zeros(100, dtype=torch.int16)}
+
+    def step(self):
+        self.iter += 1
+        self.taken.append(self.name)
+
+    def evaluate(self):
+        return {"val_loss": 5 - 0.1 * self.iter}
+
+
+def test_a_race_advances_all_runs_by_the_same_part_of_their_schedule_and_times_their_steps_only(monkeypatch):
+    taken = []
+    monkeypatch.setattr(bench, "seconds", lambda call, device: call() or {"a": 1.0, "b": 3.0}[taken[-1]])
+    curves = bench.race({"a": Clockwork("a", 9, taken), "b": Clockwork("b", 3, taken)}, torch.device("cpu"), 2)
+    assert "".join(taken) == "abaaabaaabaa"
+    assert [(point["iter"], point["seconds"], point["tokens"]) for point in curves["a"]] == [
+        (n, n, 5 * n) for n in (2, 4, 6, 8, 9)]
+    assert [(point["iter"], point["seconds"]) for point in curves["b"]] == [(2, 6), (3, 9)]
+    found = bench.reached({**curves, "fast": [{"iter": 1, "tokens": 7, "seconds": 3.0, "val_loss": 4.0},
+                                              {"iter": 2, "tokens": 14, "seconds": 30.0, "val_loss": 1.0}]})
+    assert found["a"] == {"last loss": pytest.approx(4.1), "loss by then": pytest.approx(4.1), "steps": 9, "tokens": 45,
+                          "seconds": 9, "ratio": 1}
+    assert found["b"]["seconds"] == found["b"]["ratio"] == math.inf and found["b"]["loss by then"] == pytest.approx(4.7)
+    assert found["fast"]["ratio"] == pytest.approx(1 / 3) and found["fast"]["loss by then"] == 4.0
+
+
+def test_time_to_loss_prints_medians_over_seeds_and_draws_them(dataset, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    bench.main(["time_to_loss", *TINY_BENCH, "--dataset", dataset, "--seed", "1", "2", "--eval_interval", "2",
+                "--eval_iters", "1", "--compete", "nanogpt:4", "muon:4", "adamw:4:1e-9", "--pe", "hope:SL:2",
+                "--warmup_iters", "1", "--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")])
+    result = json.loads((tmp_path / "t.json").read_text())["time_to_loss"]
+    names = ["nanogpt, 4 steps", "hope:SL:2 muon, 4 steps", "hope:SL:2 adamw 1e-09, 4 steps"]
+    assert list(result["medians"]) == names and result["seeds"] == [1, 2] and len(result["races"]) == 2
+    assert [point["iter"] for point in result["races"][1][names[1]]] == [2, 4]
+    assert result["medians"][names[0]]["ratio"] == 1 and result["medians"][names[2]]["seconds"] is None
+    assert "medians over 2 seeds" in capsys.readouterr().out and (tmp_path / "t.png").stat().st_size > 1000
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory of the parent is counted on Linux only")
 def test_the_memory_of_an_encoding_does_not_include_that_of_the_benchmark_itself(monkeypatch, capsys):
     ballast = torch.ones(400_000_000)  # 1.6 GB
@@ -561,6 +744,12 @@ def test_results_keep_four_digits_and_no_nan():
     (analyze_attention, ["{run}", "--json", "{tmp}/none/a.json"], "folder"),
     (analyze_attention, ["{run}", "--max_factor", "100000"], "lower --max_factor"),
     (recall, ["--pe", "rotary"], "nope"), (recall, ["--block_size", "20"], "too short"),
+    (recall, ["--pe", "hope:SL"], "not an arrangement"), (recall, ["--seed", "-1"], "at least 0"),
+    (recall, ["--pe", "nope+learned:SL:4"], "local_pe learned"), (recall, ["--window_pattern", "SXL"], "letters"),
+    (bench, ["time_to_loss", "--compete", "sgd:10"], "not a way to train"), (bench, ["speed"], "no benchmark"),
+    (bench, ["time_to_loss", "--compete", "nanogpt:10:1e-3"], "nanogpt:STEPS"),
+    (bench, ["time_to_loss", "--compete", "muon:0"], "at least 1"),
+    (bench, ["windows", "--pe", "hope:S"], "arrangement"),
     (recall, ["{tmp}/none"], "no checkpoint"), (theory, ["--head_dim", "7"], "odd")])
 def test_mistakes_get_one_line_and_exit_code_2(script, arguments, words, finished_run, tmp_path, fails):
     code, lines = fails(script, [text.format(tmp=tmp_path, run=finished_run) for text in arguments])
