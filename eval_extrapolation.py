@@ -21,6 +21,7 @@ import torch
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
+from common.groups import group_by_seed, print_groups
 from data.loader import document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
@@ -187,10 +188,14 @@ def plot(runs, path):
     pyplot = report.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     known = [[b for b in run["buckets"] if b["nll"] is not None] for run in runs]
+
+    def error(bucket):  # of the loss: over windows, or over seeds for groups of runs
+        return bucket.get("stderr", bucket.get("nll_std")) or 0
+
     styles = report.styles(runs)
     for i in sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"]):  # legend in the order of the last points
         at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in known[i]]  # middle, on a log axis
-        low, high = ([math.exp(b["nll"] + sign * (b["stderr"] or 0)) for b in known[i]] for sign in (-1, 1))
+        low, high = ([math.exp(b["nll"] + sign * error(b)) for b in known[i]] for sign in (-1, 1))
         color = styles[i]["color"]
         axes.plot(at, [b["ppl"] for b in known[i]], label=runs[i]["name"], linewidth=2, markersize=6, **styles[i])
         axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
@@ -225,6 +230,8 @@ def make_parser():
     add("--windows", type=count, default=32, help="windows to average over")
     add("--batch_size", type=count, help="windows at a time: affects memory, not results; default: as many as fit in "
         "half a GB, or in half of a GPU's free memory")
+    add("--group_by_seed", action="store_true", help="average runs that differ in their seed alone: mean and standard "
+        "deviation over seeds, differences paired by seed")
     add("--chunk", type=count, default=128, help="tokens of a window at a time: affects memory, not results")
     report.add_output_flags(parser, "perplexity by position")
     flags.add_scaling_flags(parser, several=True)
@@ -262,9 +269,9 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
     windows = windows.to(place.device)
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
+        model = load_model(checkpoint).to(place.device)
         with place.autocast():  # L tokens need no scaling but that of the training: one score for all
-            local_losses = score_local(load_model(checkpoint).to(place.device), windows, config["block_size"],
-                                       batch_size)
+            local_losses = score_local(model, windows, config["block_size"], batch_size)
         for scaling in scalings(args, config):
             with place.autocast():
                 losses = score_scaled(checkpoint, scaling, windows, edges, args.chunk, batch_size)
@@ -274,7 +281,9 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
             label = [name, *(scaling[key] for key in ("rope_scaling", "attn_scaling") if scaling[key] != "none")]
             runs.append({"name": " ".join(label), "pe": config["pe"], "block_size": config["block_size"], **scaling,
                          "config": config, "windows": len(windows), "device": str(place),
-                         "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
+                         "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"], "args": checkpoint["args"],
+                         "val_loss": checkpoint.get("best_val_loss"), "minutes": checkpoint.get("seconds", 0) / 60,
+                         "parameters": sum(p.numel() for p in model.parameters()),
                          "buckets": summarize(losses, local_losses, first_losses, edges, characters)})
     return runs
 
@@ -288,12 +297,13 @@ def main(argv=None):
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)
     runs = score_runs(args, checkpoints, names, windows, edges, characters, place)
-    print_tables(runs)
+    groups = group_by_seed(runs) if args.group_by_seed else []
+    print_groups(groups) if groups else print_tables(runs)
     if args.json:
-        report.write_json(args.json, "eval_extrapolation.py",
-                          {"runs": [{**run, "dataset_sha256": text_sha256} for run in runs]})
+        report.write_json(args.json, "eval_extrapolation.py", {
+            "runs": [{**run, "dataset_sha256": text_sha256} for run in runs], **({"groups": groups} if groups else {})})
     if args.plot:
-        plot(runs, args.plot)
+        plot(groups or runs, args.plot)
 
 
 if __name__ == "__main__":

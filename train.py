@@ -6,9 +6,9 @@ Train a GPT on a CPU, a GPU or several:
     python train.py --resume --out_dir out/rope                 continue an interrupted run
     torchrun --nproc_per_node=4 train.py @config/cpu_demo --gradient_accumulation_steps 4
 
-Runs with the same --seed see the same batches and start from the same shared weights, whatever their encoding. OUT_DIR
-then holds ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest validation loss) and
-log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
+Runs with the same --seed see the same batches and start from the same shared weights, whatever their encoding. A run
+leaves in OUT_DIR: ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest validation
+loss) and log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
 """
 import math
 import sys

@@ -187,7 +187,7 @@ def idle(config):
     names = {knob.name for knob in dataclasses.fields(config)
              if knob.metadata["used_by"] and not encodings.intersection(knob.metadata["used_by"])}
     if not short:
-        names |= {"window", "local_pe", "local_rope_base"}
+        names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
     if config.rope_scaling == "none":
         names |= {"rope_factor", "rope_context"}
     return names

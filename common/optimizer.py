@@ -54,8 +54,8 @@ class Muon(torch.optim.Optimizer):
     Muon takes the (Nesterov) momentum of the gradient and replaces its singular values by about 1: every direction
     moves by the same amount. It keeps one number per weight where AdamW keeps two.
 
-    It differs from torch.optim.Muon in two points. The matrices of a group can consist of `parts` stacked matrices, such
-    as q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization:
+    It differs from torch.optim.Muon in two points. The matrices of a group can consist of `parts` stacked ones, such as
+    q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization:
     torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it.
     """
 

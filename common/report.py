@@ -31,7 +31,7 @@ def format_cell(mean, stderr=None, digits=3):
     """A number as text, with its standard error if it has one; "-" for None."""
     if mean is None:
         return "-"
-    text = f"{mean:.{digits}f}" if mean < 1e5 else f"{mean:.1e}"
+    text = f"{mean:z.{digits}f}" if mean < 1e5 else f"{mean:.1e}"  # z: no -0.000
     return text if stderr is None or math.isnan(stderr) else f"{text} ± {stderr:.{digits}f}"
 
 

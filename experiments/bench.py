@@ -16,7 +16,7 @@ time_to_loss  how long each way to train takes to the loss that the first one en
 
 --optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
 runs as evaluation and sampling do on a CPU, in float32. --pe takes encodings or arrangements of layers
-(experiments/arrangements.py).
+(common/arrangements.py).
 
 A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
 are slowed down alike by whatever else the machine does. nope against itself shows how much of a ratio is chance.
@@ -38,12 +38,12 @@ import torch
 from torch import nn
 
 from common import flags
+from common.arrangements import fields_of
 from common.device import DeviceConfig, Place, pick_compile
 from common.optimizer import LEARNING_RATES, OptimizerConfig, make_optimizer
 from common.report import add_output_flags, check_outputs, import_pyplot, print_table, save_picture, write_json
 from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
-from experiments.arrangements import fields_of
 from experiments.nanogpt import PlainGPT, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
 from train import Run, TrainConfig

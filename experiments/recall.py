@@ -18,7 +18,7 @@ each sequence, from 32 and without repetition). The answers are underlined:
 One model per encoding and seed learns copy and binding at once, half of each batch, from sequences of even length up to
 L. Decoys occur only in tests. Tests have odd lengths up to 16 L and the same 4 to 8 letters or 3 to 6 pairs at any
 length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one. --pe names
-encodings or arrangements of layers (experiments/arrangements.py). A command that was killed continues where it was if
+encodings or arrangements of layers (common/arrangements.py). A command that was killed continues where it was if
 it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
@@ -39,12 +39,12 @@ import torch
 from torch.nn import functional as F
 
 from common import flags, report
+from common.arrangements import fields_of, name_of
 from common.checkpoint import load_checkpoint, load_model, replacing
 from common.device import DeviceConfig, Place
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import document_windows, text_to_score
 from eval_extrapolation import bucket_edges
-from experiments.arrangements import fields_of, name_of
 from model import GPT, PE, GPTConfig, KVCache
 from train import TrainConfig
 

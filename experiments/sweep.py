@@ -4,7 +4,7 @@ Train a model for each combination of flags, score all of them, and average over
     python -m experiments.sweep @config/cpu_demo --pe rope hope alibi --hope_cutoff 1 2 --seed 1 2 3 --out_dir out/sweep
 
 Every flag of train.py can have several values. A flag without effect, as --hope_cutoff with rope, does not multiply the
-runs. --pe also takes arrangements of layers such as nope+rope:SSSL:16 (experiments/arrangements.py).
+runs. --pe also takes arrangements of layers such as nope+rope:SSSL:16 (common/arrangements.py).
 
 Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or killed, give the
 same command again: finished runs are kept and the others continue. More values, or more seeds, only add runs.
@@ -32,11 +32,10 @@ from tqdm import tqdm
 import eval_extrapolation
 import train
 from common import flags, report
+from common.arrangements import fields_of
 from common.checkpoint import load_checkpoint, load_model, lock
 from common.device import Place, stop_signals
-from experiments import recall
-from experiments.arrangements import fields_of
-from experiments.groups import (
+from common.groups import (
     IN_THE_NAME,
     NO_SETTING,
     group_by_seed,
@@ -46,6 +45,7 @@ from experiments.groups import (
     without_effect,
     write_csv,
 )
+from experiments import recall
 
 # --------------------------------------------------------------------------------------------------
 # Which runs there are

@@ -20,7 +20,8 @@ import torch
 
 ENCODINGS = "nope learned sinusoidal rope prope hope alibi t5 kerple fire".split()
 NETWORK = ("--block_size 32 --n_layer 2 --n_head 4 --n_embd 64 --dropout 0.1 --batch_size 8 --warmup_iters 5 "
-           "--learning_rate 1e-2 --min_lr 2e-4 --max_iters 20 --eval_interval 10 --eval_iters 2 --optimizer adamw --device cpu").split()
+           "--learning_rate 1e-2 --min_lr 2e-4 --max_iters 20 --eval_interval 10 --eval_iters 2 --optimizer adamw "
+           "--device cpu").split()
 SCALINGS = "--rope_scaling none pi ntk yarn --attn_scaling none logn".split()
 
 

@@ -20,8 +20,8 @@ import eval_extrapolation
 import train
 from common.checkpoint import load_checkpoint
 from common.flags import PROJECT
+from common.groups import group_by_seed, group_names
 from experiments import sweep
-from experiments.groups import group_by_seed, group_names
 from model import GPTConfig
 from tests.conftest import TINY_FLAGS
 

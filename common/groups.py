@@ -13,8 +13,8 @@ import statistics
 from dataclasses import fields
 
 from common import flags, report
+from common.arrangements import name_of
 from common.checkpoint import replacing
-from experiments.arrangements import name_of
 from model import GPTConfig
 
 # --------------------------------------------------------------------------------------------------
