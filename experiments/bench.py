@@ -1,7 +1,7 @@
 """
 Speed and memory as ratios: everything that is compared runs in one process, in turns, and the median counts.
 
-    python -m experiments.bench                                  the first five, half an hour on two CPU cores
+    python -m experiments.bench                                  all but the last, half an hour on two CPU cores
     python -m experiments.bench train --n_layer 4 --n_embd 128 --block_size 128 --batch_size 32 --json FILE
     python -m experiments.bench windows --pe hope:SSSL:16 nope+rope:SSSL:16 --n_layer 4 --n_embd 128 --block_size 128
     python -m experiments.bench time_to_loss --compete nanogpt:600 muon:250 adamw:400:5e-3 --seed 1 2 3 --plot FILE.png
@@ -12,6 +12,7 @@ evaluate      all buckets from one pass against one pass per bucket; how the tim
 memory        peak memory of an evaluation to 64 L, each encoding in its own process
 windows       layers with windows against the same network without: a training step, 1,000 new tokens, an evaluation to
               16 L and to 64 L, and what the cache holds
+profile       which parts of a training step take its CPU time
 time_to_loss  how long each way to train takes to the loss that the first one ends with (see race())
 
 --optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
@@ -390,8 +391,44 @@ def plot_races(races, path):
 
 
 # Those before time_to_loss run by default.
+# --------------------------------------------------------------------------------------------------
+# Where the time of a step goes
+
+# Part of a step -> words in the names of its operators; the first part that matches counts. Only Muon multiplies
+# stacks of matrices (bmm).
+PARTS = {"attention": ("scaled_dot_product", "flash_attention"), "Muon": ("bmm",), "AdamW": ("fused_adam",),
+         "matrix products": ("mm", "linear"), "norms": ("layer_norm",), "GELU": ("gelu",),
+         "loss": ("softmax", "nll_loss"), "rotation, sums, copies": ("mul", "add", "sub", "cat", "copy", "sum", "lerp")}
+
+
+def bench_profile(args, config, place):
+    """Share of each part in the CPU time of a training step, and the speed of its matrix products."""
+    step = step_maker(args, config, place)("hope")
+    for _ in range(SETTLE):
+        step()
+    with torch.profiler.profile() as profiler:
+        for _ in range(args.repeats):
+            step()
+    spent = dict.fromkeys([*PARTS, "rest (Python, batch, embedding)"], 0.0)
+    for event in profiler.key_averages():
+        matching = [part for part, words in PARTS.items() if any(word in event.key for word in words)]
+        spent[(matching or list(spent)[-1:])[0]] += event.self_cpu_time_total / 1e6 / args.repeats  # seconds per step
+    total, C = sum(spent.values()), args.n_embd
+    flops = 6 * args.batch_size * args.block_size * (12 * args.n_layer * C * C + args.vocab_size * C)
+    x = torch.randn(1024, 1024, dtype=place.dtype, device=place.device)
+    fastest = 2 * 1024 ** 3 / min(seconds(lambda: x @ x, place.device) for _ in range(20))
+    print(f"\na training step of hope, {args.optimizer}, {place.dtype}: {1000 * total:.0f} ms of CPU time")
+    for part, time_spent in spent.items():
+        print(f"  {part:32} {time_spent / total:6.1%}")
+    reached = flops / spent["matrix products"]
+    print(f"  matrix products: {reached / 1e9:.0f} GFLOP/s, {reached / fastest:.0%} of those of 1024 x 1024")
+    return {"optimizer": args.optimizer, "dtype": str(place.dtype).removeprefix("torch."), "seconds": total,
+            "shares": {part: time_spent / total for part, time_spent in spent.items()},
+            "flops_per_second": reached, "flops_per_second_1024": fastest}
+
+
 BENCHMARKS = {"train": bench_train, "generate": bench_generate, "evaluate": bench_evaluate, "memory": bench_memory,
-              "windows": bench_windows, "time_to_loss": bench_time_to_loss}
+              "windows": bench_windows, "profile": bench_profile, "time_to_loss": bench_time_to_loss}
 
 
 def make_parser():
