@@ -1,27 +1,33 @@
-# make demo   train RoPE and HoPE on a CPU, score both beyond the trained context (six minutes on two cores)
-# make test   the tests
-# make soak   the tests that take minutes
-# make lint   the linter
+# make demo      train RoPE, HoPE and HoPE with short windows on a CPU, and score them beyond the trained context
+# make test      the tests
+# make soak      the tests that take minutes
+# make lint      the linter
+# make mutants   put 100 faults into the code, one at a time: which share do the tests notice? (SAMPLE=100 SEED=1)
 # All of them work in their own virtual environment, which the first call makes.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test soak lint
-# the packages are installed anew whenever a requirements file is newer than the last install
-$(VENV)/installed: requirements.txt requirements-dev.txt
+.PHONY: demo test soak lint mutants
+# the packages are installed anew whenever one of these files is newer than the last install
+$(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# a finished training is not repeated, an interrupted one goes on: delete out/demo to start over
+DEMO = rope hope windows
+rope = @config/cpu_demo --pe rope
+hope = @config/cpu_demo --pe hope
+windows = @config/cpu_windows
+
+# a finished training is not repeated, an interrupted one continues: delete out/demo to start over
 out/demo/%/done: | $(VENV)/installed
-	$(RUN) train.py @config/cpu_demo --pe $* --out_dir out/demo/$* $$(test -f out/demo/$*/ckpt.pt && echo --resume)
+	$(RUN) train.py $($*) --out_dir out/demo/$* $$(test -f out/demo/$*/ckpt.pt && echo --resume)
 	touch $@
 
-demo: out/demo/rope/done out/demo/hope/done
-	$(RUN) eval_extrapolation.py out/demo/rope out/demo/hope --json out/demo/results.json --plot out/demo/results.png
+demo: $(DEMO:%=out/demo/%/done)
+	$(RUN) eval_extrapolation.py $(DEMO:%=out/demo/%) --json out/demo/results.json --plot out/demo/results.png
 	@echo "the table above is in out/demo/results.json, the picture in out/demo/results.png"
 
 test: $(VENV)/installed
@@ -32,3 +38,9 @@ soak: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(RUN) -m ruff check .
+
+SAMPLE ?= 100
+SEED ?= 1
+mutants: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet cosmic-ray -c constraints.txt
+	$(RUN) tests/mutants.py $(SAMPLE) $(SEED)
