@@ -507,7 +507,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(self, k, v, view.window)  # (B, H, Tk, D)
         # Without a mask the kernel builds the causal one itself and can take its fast path.
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=view.mask, is_causal=view.mask is None and bool(T > 1),
+            q, k, v, attn_mask=view.mask, is_causal=True if view.mask is None and T > 1 else False,
             dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))

@@ -3,6 +3,7 @@ Generate text with a trained model, printed token by token:
 
     python sample.py --out_dir out/hope --start "def " --max_new_tokens 200
 """
+import codecs
 from pathlib import Path
 
 import torch
@@ -15,15 +16,11 @@ from data.tokenizer import checkpoint_tokenizer, encode_checked, shown
 
 
 def print_stream(tokens, tokenizer):
-    """Print tokens (1, 1) as they come. A character may consist of up to four byte-pair tokens."""
-    waiting = []
+    """Print tokens (1, 1) as they come, and each character with the last of its tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        waiting += token[0].tolist()
-        text = tokenizer.decode(waiting)
-        if not text.endswith("\ufffd") or len(waiting) == 4:
-            print(text, end="", flush=True)
-            waiting = []
-    print(tokenizer.decode(waiting) + "\n" + "-" * 80)
+        print(decoder.decode(tokenizer.decode_bytes(token[0].tolist())), end="", flush=True)
+    print(decoder.decode(b"", final=True) + "\n" + "-" * 80)
 
 
 def main(argv=None):
@@ -42,6 +39,8 @@ def main(argv=None):
     flags.add_flags(parser, DeviceConfig)
     args = parser.parse_args(argv)
 
+    if args.rope_factor != "auto" and not args.rope_scaling:
+        print("note: --rope_factor has no effect without --rope_scaling")
     place = Place(args)
     checkpoint = load_checkpoint(args.out_dir)
     tokenizer = checkpoint_tokenizer(checkpoint, args.meta)

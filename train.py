@@ -304,6 +304,7 @@ def main(argv=None):
                     disable=place.rank > 0 or not sys.stderr.isatty()) as bar:
                 stopped = train(run, signals, bar)
             place.wait_for_others()  # nobody leaves before rank 0 has saved
+            run.fast_model = None  # freed after the process group, DDP can deadlock
     finally:
         place.leave_processes()
     if run.write_error:

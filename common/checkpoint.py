@@ -173,15 +173,18 @@ def cut_log(path, last_iter):
 
     Raises ValueError, and leaves the file as it is, if its first line is not one of this project's.
     """
-    kept = []
+    kept, opening = [], '{"iter": '  # of a line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    foreign = lines and not opening.startswith(lines[0][:len(opening)])
     for line in lines:
         try:
-            if json.loads(line)["iter"] <= last_iter:
-                kept.append(line + "\n")
+            step = json.loads(line)["iter"]
         except (ValueError, KeyError, TypeError):
-            if line is lines[0] and len(lines) > 1:
-                raise ValueError(f"{path} is not a log of this project: move it or choose another --out_dir") from None
             break
+        if step <= last_iter:
+            kept.append(line + "\n")
+        foreign = foreign or last_iter < 0 < step  # a new run may follow one that was killed before its first step
+    if foreign:
+        raise ValueError(f"{path} is not the log of this run: move it or choose another --out_dir")
     with replacing(path) as file:
         file.write("".join(kept).encode())

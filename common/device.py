@@ -159,13 +159,13 @@ def stop_signals():
 
     A second SIGINT or SIGTERM raises KeyboardInterrupt.
     """
+    terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # asked now: a closed terminal is no longer one
     received, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
 
     def note(number, frame):
         if number == hangup:  # there is no terminal to print to any more
-            for stream in (1, 2):
-                if os.isatty(stream):
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            for stream in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         elif received:
             raise KeyboardInterrupt
         received.append(number)

@@ -76,9 +76,11 @@ def describe_run(run, taken=None):
     """Print what is about to happen, so that a wrong flag is noticed before the training."""
     config, n_train, network = run.config, len(run.ids["train"]), run.model.config
     print_model(run.model)
-    changed = [knob.name for knob in fields(network) if getattr(network, knob.name) != knob.default]
-    if without_effect := sorted(set(changed) & idle(network)):
-        print(f"note      no effect on this network: {', '.join(f'--{name}' for name in without_effect)}")
+    changed = {knob.name for settings in (network, config) for knob in fields(settings)
+               if getattr(settings, knob.name) != knob.default}
+    unused = idle(network) | ({"muon_learning_rate", "muon_momentum"} if config.optimizer == "adamw" else set())
+    if without_effect := sorted(changed & unused):
+        print(f"note      no effect on this run: {', '.join(f'--{name}' for name in without_effect)}")
     print(f"text      {config.dataset}: {n_train:,} tokens to train on, {len(run.ids['val']):,} to validate on; "
           f"sha256 {run.meta['sha256'][:16]}")
     total = run.tokens_per_step * config.max_iters

@@ -34,7 +34,7 @@ ALL = "faults encodings model windows init_from errors training habits reference
 
 
 def command(module=""):
-    names = dict.fromkeys(f"{OWN.get(Path(module).stem, '')} {ALL} experiments".split())
+    names = dict.fromkeys(f"{OWN.get(Path(module).stem, '')} {ALL} experiments sweep".split())
     chance = "-k 'not killed_twenty_times'"  # its moments are random: it can fail by itself on a busy machine
     return f"{sys.executable} -m pytest -q -x -p no:cacheprovider {chance} " + " ".join(
         f"tests/test_{name}.py" for name in names)

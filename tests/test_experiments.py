@@ -14,13 +14,12 @@ import pytest
 import torch
 
 import model as model_file
-from common import report
+from common import arrangements, report
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.device import DeviceConfig, Place
 from common.report import rounded, run_names
 from experiments import (
     analyze_attention,
-    arrangements,
     bench,
     draw_attention,
     draw_encodings,
@@ -727,6 +726,12 @@ def test_the_memory_of_an_encoding_does_not_include_that_of_the_benchmark_itself
 
 
 # --- what the experiments share
+
+
+def test_the_first_run_of_an_encoding_has_a_solid_line_and_others_of_it_differ():
+    found = report.styles([{"pe": pe} for pe in ("rope", "hope", "rope", "rope", "hope", "mine")])
+    assert [style["linestyle"] for style in found] == ["-", "-", "--", ":", "--", "-"]
+    assert found[0]["color"] == found[2]["color"] != found[1]["color"]
 
 
 def test_names_are_the_shortest_that_tell_runs_apart():
