@@ -170,8 +170,9 @@ def stop_signals():
             raise KeyboardInterrupt
         received.append(number)
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, hangup)
-               if number and signal.getsignal(number) != signal.SIG_IGN]  # nohup ignores SIGHUP
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # it is ignored under nohup
+        numbers.append(hangup)
     handlers = {number: signal.signal(number, note) for number in numbers}
     try:
         yield received
