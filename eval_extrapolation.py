@@ -46,8 +46,8 @@ def windows_at_a_time(config, length, chunk, device):
     """
     C, V = config["n_embd"], config["vocab_size"]
     kinds, window = GPTConfig(**config).kinds(), config.get("window", 0)
-    cached = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens per layer, keys and values
-    cached = 2 * C * sum(cached[kind] for kind in kinds)
+    kept = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens in the cache of a layer
+    cached = 2 * C * sum(kept[kind] for kind in kinds)  # keys and values
     tokens = max(chunk, config["block_size"])  # of a window, in one forward of score or score_local
     # logits, twice more in the loss, and the inputs and outputs of the widest layer
     activations = tokens * (3 * V + 16 * C)

@@ -505,7 +505,8 @@ class CausalSelfAttention(nn.Module):
             q = q * view.query_scale.to(q.dtype)
         if cache is not None:
             k, v = cache.append(self, k, v, view.window)  # (B, H, Tk, D)
-        # Without a mask the kernel builds the causal one itself and can take its fast path.
+        # Without a mask the kernel builds the causal one itself and can take its fast path. It wants
+        # a bool: under torch.compile T > 1 can be symbolic.
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=view.mask, is_causal=True if view.mask is None and T > 1 else False,
             dropout_p=self.dropout if self.training else 0.0)  # (B, H, T, D)

@@ -180,8 +180,8 @@ def parse_from(parser, argv, config, names):
     return args
 
 
-def idle(config):
-    """Names of the fields of a GPTConfig that have no effect, as hope_cutoff with pe rope."""
+def idle(config, optimizer=None):
+    """Names of the flags that have no effect with a GPTConfig and an optimizer, as hope_cutoff with pe rope."""
     short = "S" in config.kinds()
     encodings = {config.pe, config.local_pe if short else None}
     names = {knob.name for knob in dataclasses.fields(config)
@@ -190,6 +190,8 @@ def idle(config):
         names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
     if config.rope_scaling == "none":
         names |= {"rope_factor", "rope_context"}
+    if optimizer == "adamw":
+        names |= {"muon_learning_rate", "muon_momentum"}
     return names
 
 

@@ -34,8 +34,7 @@ def network_of(settings):
 
 def without_effect(settings):
     """The names of those settings of a run that change nothing."""
-    muon = {name for name in settings if name.startswith("muon_") and settings.get("optimizer") == "adamw"}
-    return flags.idle(network_of(settings)) | muon
+    return flags.idle(network_of(settings), settings.get("optimizer"))
 
 
 def group_key(settings):

@@ -67,7 +67,9 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for group in self.param_groups:
             for weight in group["params"]:
-                momentum = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if "momentum" not in self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                momentum = self.state[weight]["momentum"]
                 momentum.lerp_(weight.grad, 1 - group["momentum"])
                 update = weight.grad.lerp(momentum, group["momentum"])
                 update = update.unflatten(0, (group["parts"], -1))  # (parts, rows, columns)

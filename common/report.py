@@ -78,8 +78,7 @@ def describe_run(run, taken=None):
     print_model(run.model)
     changed = {knob.name for settings in (network, config) for knob in fields(settings)
                if getattr(settings, knob.name) != knob.default}
-    unused = idle(network) | ({"muon_learning_rate", "muon_momentum"} if config.optimizer == "adamw" else set())
-    if without_effect := sorted(changed & unused):
+    if without_effect := sorted(changed & idle(network, config.optimizer)):
         print(f"note      no effect on this run: {', '.join(f'--{name}' for name in without_effect)}")
     print(f"text      {config.dataset}: {n_train:,} tokens to train on, {len(run.ids['val']):,} to validate on; "
           f"sha256 {run.meta['sha256'][:16]}")
