@@ -1,5 +1,5 @@
 """
-Three statements about a single attention head, shown by construction (Round and Round We Go!, arXiv 2410.06205):
+Statements about a single attention head, shown by construction (1 to 3: Round and Round We Go!, arXiv 2410.06205):
 
     python -m experiments.theory --json theory.json --plot theory.png
 
@@ -8,6 +8,9 @@ Three statements about a single attention head, shown by construction (Round and
 2. A head can attend to any single distance r: with k = R^r q the logit is largest there.
 3. A head without positions gives equal tokens equal weights, so it cannot find the previous token in a run of equal
    tokens. A head with rotation can.
+4. RoPE's base bounds the context in which a head prefers keys similar to its query (Base of RoPE Bounds Context Length,
+   arXiv 2405.14591). It does at distance m if sum_j cos(m theta_j) >= 0: the smallest base for which this holds at all
+   m <= L grows with L.
 
 Shapes: D channels of the head, K = D / 2 rotated pairs, N queries or samples.
 """
@@ -57,8 +60,17 @@ def attention_in_a_run(theta, length, scale, distance=1):
     return (logits_by_distance(q, k, theta, length)[0] / math.sqrt(2 * len(theta))).softmax(-1)
 
 
+def smallest_base(length, n_pairs):
+    """-> the smallest base, in steps of 1 %, with sum_j cos(m theta_j) >= 0 at all distances m <= length."""
+    distance, j = torch.arange(length + 1, dtype=torch.float64)[:, None], torch.arange(n_pairs, dtype=torch.float64)
+    base = 1.0
+    while (distance * base ** (-j / n_pairs)).cos().sum(1).min() < 0:
+        base *= 1.01
+    return base
+
+
 def compute(theta, n_distances, n_samples, seed):
-    """-> the three statements in numbers, as the JSON holds them."""
+    """-> the statements in numbers, as the JSON holds them."""
     random = gaussian_logits(theta, n_distances, n_samples, seed)  # (N, distances)
     ones = torch.ones(1, 2 * len(theta))
     q = torch.randn(1, 2 * len(theta), generator=torch.Generator().manual_seed(seed))
@@ -70,7 +82,8 @@ def compute(theta, n_distances, n_samples, seed):
             "ones": (logits_by_distance(ones, ones, theta, n_distances)[0] / len(ones[0])).tolist(),
             "peaks": {str(r): peak.tolist() for r, peak in peaks.items()}, "scales": scales,
             "previous": {name: [attention_in_a_run(angles, 32, scale)[1].item() for scale in scales]
-                         for name, angles in (("rope", theta), ("nope", 0 * theta))}}
+                         for name, angles in (("rope", theta), ("nope", 0 * theta))},
+            "smallest_base": {str(length): smallest_base(length, len(theta)) for length in (64, 128, 256, 512, 1024)}}
 
 
 def print_statements(found):
@@ -83,6 +96,8 @@ def print_statements(found):
                                                         for r, peak in found["peaks"].items()))
     print(f"3. largest weight on the previous of 32 equal tokens: RoPE {previous['rope']:.3f}, "
           f"NoPE {previous['nope']:.3f} = 1/32")
+    print("4. smallest base: " + ", ".join(f"{base:,.0f} for L = {int(length):,}"
+                                           for length, base in found["smallest_base"].items()))
 
 
 def draw(found, path):
@@ -110,13 +125,13 @@ def draw(found, path):
 
 
 def main(argv=None):
-    parser = flags.ArgumentParser("Three statements about a single attention head, shown by construction.")
+    parser = flags.ArgumentParser("Statements about a single attention head, shown by construction.")
     add, parsed = parser.add_argument, flags.parsed
     add("--head_dim", type=parsed(int, at_least=2), default=64, help="channels of the head")
     add("--distances", type=parsed(int, at_least=1), default=256, help="longest distance in tokens")
     add("--samples", type=parsed(int, at_least=2), default=2000, help="number of Gaussian queries and keys")
     add("--seed", type=parsed(int, at_least=0), default=1, help="determines them")
-    add_output_flags(parser, "the three statements")
+    add_output_flags(parser, "the first three statements")
     args = parser.parse_args(argv)
     check_outputs(args)
     theta = RoPE(GPTConfig(pe="rope", n_embd=args.head_dim, n_head=1)).theta  # (K,)

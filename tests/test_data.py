@@ -319,6 +319,9 @@ def test_charset_auto_is_advised_only_if_it_was_not_given(tmp_path, capsys):
     assert found["ascii"] == "3 characters have no token of their own (--charset auto gives them one)"
     assert found["auto"].startswith("3 characters") and "--charset" not in found["auto"]
     assert "validation text" in found["auto"]
+    (tmp_path / "novel.txt").write_text("abc " * 500, encoding="utf-8")
+    data.prepare.main(["--source", str(tmp_path / "novel.txt"), "--out_dir", str(tmp_path / "known")])
+    assert "\n0 characters have no token of their own\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -292,6 +292,16 @@ def test_a_nope_head_cannot_find_the_previous_of_equal_tokens_and_a_rope_head_ca
     assert theory.attention_in_a_run(torch.zeros(16), 12, scale=8.0)[1] == pytest.approx(1 / 12)
 
 
+def test_at_the_smallest_base_no_distance_within_the_context_has_a_negative_sum_of_cosines_and_just_below_it_one_has():
+    def lowest(base, length, n_pairs):
+        return min(sum(math.cos(m * base ** (-j / n_pairs)) for j in range(n_pairs)) for m in range(length + 1))
+
+    for length, n_pairs in ((64, 8), (128, 16), (300, 32)):
+        base = theory.smallest_base(length, n_pairs)
+        assert lowest(base, length, n_pairs) >= 0 > lowest(base / 1.01, length, n_pairs)
+    assert theory.smallest_base(1024, 64) == pytest.approx(4.3e3, rel=0.02)  # the paper's, for 128 channels
+
+
 def test_logits_by_distance_are_what_rotating_query_and_key_gives():
     q, k, theta = torch.randn(3, 16), torch.randn(3, 16), theta_of(16)
     logits = theory.logits_by_distance(q, k, theta, 20)

@@ -352,6 +352,15 @@ def test_a_cpu_with_bfloat16_units_trains_in_bfloat16_at_width_256_or_more(monke
     assert Place(common_device.DeviceConfig(device="cpu", dtype="float16"), training_width=width).dtype == torch.float16
 
 
+def test_the_memory_that_training_is_said_to_need_is_the_sum_of_its_parts():
+    network = GPTConfig(block_size=4, vocab_size=10, n_layer=2, n_embd=8)
+    weights = 2 * 12 * 8 * 8 + 10 * 8  # four matrices per layer, and the embedding
+    kept = 3 * 4 * 2 * 22 * 8  # 22 vectors for each of 3 x 4 tokens and 2 layers
+    logits = 3 * 4 * 3 * 10  # with their gradient and their softmax, always in float32
+    assert common_device.memory_estimate(network, 3, torch.float32) == 16 * weights + 4 * kept + 4 * logits
+    assert common_device.memory_estimate(network, 3, torch.bfloat16) == 16 * weights + 2 * kept + 4 * logits
+
+
 # --- scores
 
 

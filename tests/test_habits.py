@@ -27,7 +27,7 @@ import train
 from common import flags
 from common.checkpoint import load_checkpoint, save_checkpoint
 from common.device import DeviceConfig, Place
-from model import GPTConfig
+from model import PE, GPTConfig
 from tests.conftest import TINY_FLAGS
 from tests.test_encodings import tiny
 from tests.test_robustness import processes
@@ -410,6 +410,15 @@ def test_help_shows_every_default_that_says_something(capsys):
     for knob in (*fields(GPTConfig), *fields(train.TrainConfig)):
         if knob.name in train.NETWORK_FLAGS and knob.default not in (None, False):
             assert re.search(rf"--{knob.name} .*?\(default: {re.escape(str(knob.default))}\)", text), knob.name
+
+
+def test_help_says_what_each_encoding_is(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name, encoding in PE.items():
+        [first] = re.findall(r"^\w+", encoding.__doc__)
+        assert re.search(rf"[:;] {name}: {first}\b", text), name
 
 
 def test_a_console_without_all_characters_gets_a_substitute(monkeypatch):
