@@ -20,6 +20,7 @@ from contextlib import nullcontext
 import torch
 
 from common import flags
+from common.arrangements import name_of
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from common.report import add_output_flags, check_outputs, print_table, run_names, write_json
@@ -228,11 +229,14 @@ def analyze(checkpoint, windows, place):
         run[f"{group}/pair_by_distance"] = {"first_layer": curves[0].tolist()}  # all layers would be most of the file
         if group == "inside" or length > 2 * L:
             run[f"{group}/pair_swing"] = {"layers": pair_swing(curves, starts, L, group == "beyond").tolist()}
-    rotary = model.transformer.wpe.rotary(torch.zeros(1, device=place.device))
-    return {"pe": config["pe"], "block_size": L, "length": length, "iter": checkpoint["iter"],
-            "seed": checkpoint.get("args", {}).get("seed"), "windows": len(windows), "starts": starts,
-            "wavelength": (2 * math.pi / frequencies(head_dim, model.config.rope_base)).tolist(),
-            "n_turning": 0 if rotary is None else rotary[0].size(-1), **run}
+    rotated = {}  # pairs, by the kind of a layer
+    for kind in sorted(set(model.config.kinds())):
+        rotary = model.encodings[kind].rotary(torch.zeros(1, device=place.device))
+        rotated[kind] = 0 if rotary is None else rotary[0].size(-1)
+    return {"pe": config["pe"], "layers": name_of(model.config), "block_size": L, "length": length,
+            "iter": checkpoint["iter"], "seed": checkpoint.get("args", {}).get("seed"), "windows": len(windows),
+            "starts": starts, "wavelength": (2 * math.pi / frequencies(head_dim, model.config.rope_base)).tolist(),
+            "n_turning": rotated.get("L", 0), "rotated": rotated, **run}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -256,13 +260,17 @@ def print_summary(run):
         for layer, share in enumerate(run[f"{group}/pair_share"]["layers"]):
             entropy, scaled = (part_of(run, run[name]["layers"][layer], start, end)
                                for name in ("entropy", "entropy_logn"))
+            first = 4 * part_of(run, by_key[layer], 0, 4)
             top = torch.tensor(share).topk(min(3, len(share))).indices.tolist()
             rows[f"[{start:,}, {end:,}), layer {layer + 1}"] = [
-                f"{entropy:.2f}", f"{scaled:.2f}", f"{ln_n:.2f}", f"{4 * part_of(run, by_key[layer], 0, 4):.3f}",
+                f"{entropy:.2f}", f"{scaled:.2f}", f"{ln_n:.2f}",
+                "-" if first.isnan() else f"{first:.3f}",  # outside the windows of all queries
                 f"{n_near * part_of(run, by_distance[layer], 0, n_near):.3f}",
                 ", ".join(f"{j} ({share[j]:.0%})" for j in top)]
-    print_table(f"{run['name']}: {run['pe']} after {run['iter']:,} steps, L = {L}; {run['n_turning']} of "
-                f"{len(run['wavelength'])} pairs per head are rotated. By position of the query:",
+    kinds = ", ".join(f"{n} in {kind} layers" if len(run["rotated"]) > 1 else f"{n}"
+                      for kind, n in run["rotated"].items())
+    print_table(f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {L}. Of {len(run['wavelength'])} "
+                f"pairs per head are rotated: {kinds}. By position of the query:",
                 ["entropy (nats)", "with log-n", "ln n", "weight of first 4 keys", f"of nearest {n_near}",
                  "pairs with the largest share"], rows)
 

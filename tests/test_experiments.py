@@ -212,6 +212,18 @@ def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():
     assert run["n_turning"] == 0
 
 
+def test_layers_with_windows_are_named_and_have_no_weight_on_keys_that_no_query_sees(capsys):
+    model = tiny("nope", local_pe="hope", window_pattern="SL", window=8)
+    checkpoint = {"config": vars(model.config), "model": model.state_dict(), "iter": 0}
+    run = {"name": "a", **analyze_attention.analyze(checkpoint, torch.randint(50, (2, 128)), CPU)}
+    assert run["layers"] == "nope+hope:SL:8" and run["n_turning"] == 0 and run["rotated"] == {"L": 0, "S": 2}
+    analyze_attention.print_summary(run)
+    text = capsys.readouterr().out
+    short, long = (row.split() for row in text.splitlines() if row.startswith("[16, 32)"))
+    assert "0 in L layers, 2 in S layers" in text and "nan" not in text
+    assert short[7] == "-" and float(long[7]) > 0  # the weight of the first 4 keys
+
+
 def test_statistics_do_not_suffer_from_the_number_format_of_the_forward():
     """Sums of more than 256 terms stop growing in bfloat16: mean logits of 25 then came out as 16."""
     model = constant_attention(distance=7)
