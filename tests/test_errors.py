@@ -124,6 +124,33 @@ def test_a_text_changed_since_the_run_is_refused(finished_run, dataset, tmp_path
     assert code == 2 and "sha256" in lines[0]
 
 
+# Flag -> the last value that is accepted, the first that is refused, at each end of what is allowed.
+LIMITS = {
+    "block_size": "2 1", "n_layer": "1 0", "n_head": "1 0", "n_embd": "1 0", "dropout": "0 -0.1 0.9 1",
+    "rope_base": "1.1 1", "prope_fraction": "0 -0.1 1 1.1", "hope_cutoff": "0 -0.1", "window": "0 -1",
+    "local_rope_base": "1.1 1", "rope_factor": "1 0.9", "rope_context": "2 1", "learning_rate": "1e-9 0",
+    "muon_learning_rate": "0 -0.1", "muon_momentum": "0 -0.1 0.9 1", "min_lr": "0 -0.1", "warmup_iters": "0 -1",
+    "lr_decay_iters": "1 0", "weight_decay": "0 -0.1", "beta1": "0 -0.1 0.9 1", "beta2": "0 -0.1 0.9 1",
+    "seed": f"0 -1 {2**32} {2**32 + 1}", "max_iters": "1 0", "batch_size": "1 0", "gradient_accumulation_steps": "1 0",
+    "grad_clip": "0 -0.1", "eval_interval": "1 0", "eval_iters": "1 0", "log_interval": "1 0", "save_interval": "1 0",
+    "save_minutes": "0 -0.1", "keep_every": "1 0"}
+
+
+def test_every_number_that_can_be_given_has_the_limits_that_it_should_have():
+    limited = {knob.name for config in (GPTConfig, train.TrainConfig) for knob in fields(config)
+               if knob.metadata["limits"] and "one_of" not in knob.metadata["limits"]}
+    assert limited == {*LIMITS, "vocab_size"}  # which is no flag
+    for name, values in LIMITS.items():
+        for i, value in enumerate(values.split()):
+            argv = ["--n_head", "1", "--pe", "nope", f"--{name}={value}"]
+            if i % 2 == 0:
+                network, config, _ = train.parse(argv)
+                assert float(getattr(network, name, getattr(config, name, None))) == float(value)
+            else:
+                with pytest.raises((SystemExit, ValueError)):
+                    train.parse(argv)
+
+
 def test_help_lists_every_flag_with_a_word_on_each(capsys):
     for script in (train, sample, eval_extrapolation, data.prepare):
         with pytest.raises(SystemExit) as stopped:
