@@ -223,14 +223,16 @@ def analyze(checkpoint, windows, place):
     starts = position_bins(L, length)
     found = measure(model, windows[:, :length], starts, place.autocast)
     found["entropy_logn"] = measure(scaled, windows[:, :length], starts, place.autocast)["entropy"]
-    run = summarize(found)
+    run, kinds = summarize(found), model.config.kinds()
+    first = kinds.index("L") if "L" in kinds else 0
     for group in query_groups(L, length):
         curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"])  # (layers, P, bins)
-        run[f"{group}/pair_by_distance"] = {"first_layer": curves[0].tolist()}  # all layers would be most of the file
+        # of the first layer that sees everything: all layers would be most of the file
+        run[f"{group}/pair_by_distance"] = {"first_layer": curves[first].tolist()}
         if group == "inside" or length > 2 * L:
             run[f"{group}/pair_swing"] = {"layers": pair_swing(curves, starts, L, group == "beyond").tolist()}
     rotated = {}  # pairs, by the kind of a layer
-    for kind in sorted(set(model.config.kinds())):
+    for kind in sorted(set(kinds)):
         rotary = model.encodings[kind].rotary(torch.zeros(1, device=place.device))
         rotated[kind] = 0 if rotary is None else rotary[0].size(-1)
     return {"pe": config["pe"], "layers": name_of(model.config), "block_size": L, "length": length,

@@ -102,15 +102,16 @@ def heat_maps(figure, runs, panels, name, label):
 
 def pair_axis(figure, runs, panels):
     for run, panel in zip(runs, panels):
-        n_pairs = len(run["wavelength"])
+        n_pairs, rotated = len(run["wavelength"]), max(run.get("rotated", {"L": run["n_turning"]}).values())
         shown = range(0, n_pairs, max(1, n_pairs * len(runs) // 24))
-        panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" if j < run["n_turning"] else "–" for j in shown],
+        panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" if j < rotated else "–" for j in shown],
                          rotation=90)
     figure.supxlabel("tokens per turn of the pair (–: not rotated)", fontsize="medium")
 
 
 def plot_components(runs, path):
-    """One column per run: S_j by distance in layer 1, then its share, its swing inside L and its excursion beyond L."""
+    """One column per run: S_j by distance in the first layer without a window, then its share, its swing inside L and
+    its excursion beyond L."""
     figure, axes = grid(4, len(runs), 2.2)
     for run, panel in zip(runs, axes[0]):
         curves = array((run.get("beyond/pair_by_distance") or run["inside/pair_by_distance"])["first_layer"])
@@ -120,7 +121,7 @@ def plot_components(runs, path):
             panel.plot(middles(run), curve, color=color, linewidth=1)
         token_axis(panel, run, "1 + distance (tokens)" if run is runs[len(runs) // 2] else "")
         panel.set_title(run["name"])
-    axes[0, 0].set_ylabel("$S_j$ in layer 1 (logits)\ndark: fast pairs")
+    axes[0, 0].set_ylabel("$S_j$ (logits), dark: fast pairs,\nfirst layer that sees all")
     heat_maps(figure, runs, axes[1], "inside/pair_share", "share of variance,\ninside L")
     heat_maps(figure, runs, axes[2], "inside/pair_swing", "std. of $S_j$ by distance,\ninside L (logits)")
     heat_maps(figure, runs, axes[3], "beyond/pair_swing", "excursion of $S_j$\nbeyond L (logits)")
