@@ -137,18 +137,21 @@ def exp(loss):
 def summarize(losses, local_losses, first_losses, edges, characters):
     """Losses (N, W) of a run -> its list of buckets. characters: how many there are in each bucket, over all windows.
 
-    nll_above_first is the difference to the first run. It is known much better than either loss, since the tokens are
-    the same.
+    nll_above_first is the difference from the first run, nll_above_local that from the run itself with at most L tokens
+    of context: negative if it gains from what is further back. The tokens are the same, so that both are known much
+    better than a loss.
     """
     buckets = []
     for i, (start, end) in enumerate(zip(edges, edges[1:])):
         nll, stderr = bucket_mean(losses, start, end)
         above, above_stderr = bucket_mean(losses - first_losses, start, end)
+        above_local, above_local_stderr = bucket_mean(losses - local_losses, start, end)
         local, _ = bucket_mean(local_losses, start, end)
         tokens_per_character = len(losses) * (end - start) / characters[i]
         row = {"start": start, "end": end, "nll": nll, "stderr": stderr, "ppl": exp(nll),
                "ppl_local": exp(local), "bits_per_character": nll * tokens_per_character / math.log(2),
-               "nll_above_first": above, "nll_above_first_stderr": above_stderr}
+               "nll_above_first": above, "nll_above_first_stderr": above_stderr,
+               "nll_above_local": above_local, "nll_above_local_stderr": above_local_stderr}
         buckets.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return buckets
 
@@ -162,8 +165,8 @@ def cell_text(bucket, key):
     value, stderr = bucket[key], None
     if value is not None and key == "ppl" and bucket["stderr"] is not None:
         stderr = bucket["stderr"] * value  # d exp(x) = exp(x) dx
-    if key == "nll_above_first":
-        stderr = bucket["nll_above_first_stderr"]
+    if key.startswith("nll_above"):
+        stderr = bucket[f"{key}_stderr"]
     return report.format_cell(value, stderr, digits=2 if key.startswith("ppl") else 3)
 
 
@@ -171,6 +174,8 @@ def print_tables(runs):
     columns = [f"[{bucket['start']:,}, {bucket['end']:,})" for bucket in runs[0]["buckets"]]
     tables = [("ppl", runs, "perplexity by position, ± standard error"),
               ("ppl_local", runs, "perplexity of the same tokens from at most block_size tokens of context"),
+              ("nll_above_local", runs, "loss with the full context above that with at most block_size tokens, in nats "
+               "per token, ± standard error of the difference; negative: far tokens help"),
               ("bits_per_character", runs, "bits per character")]
     if len(runs) > 1:
         tables.append(("nll_above_first", runs[1:], f"loss above that of {runs[0]['name']} in nats per token, "

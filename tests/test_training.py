@@ -379,9 +379,13 @@ def test_windows_lie_inside_one_document_and_do_not_overlap():
 
 def test_buckets_average_their_own_positions_and_the_error_is_over_windows():
     losses = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, 8.0, 8.0]])
-    first, second = eval_extrapolation.summarize(losses, losses, losses - 1, [0, 2, 4], [4, 8])
+    local = losses - torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 3.0, 2.0]])
+    first, second = eval_extrapolation.summarize(losses, local, losses - 1, [0, 2, 4], [4, 8])
     assert (first["nll"], second["nll"]) == (2.0, 7.0) and first["stderr"] == 0 and second["stderr"] == pytest.approx(1)
     assert second["ppl"] == pytest.approx(math.exp(7)) and second["nll_above_first"] == 1
+    assert first["nll_above_local"] == first["nll_above_local_stderr"] == 0
+    assert (second["nll_above_local"], second["nll_above_local_stderr"]) == (2.0, pytest.approx(0.5))
+    assert second["ppl_local"] == pytest.approx(math.exp(5))
     assert first["bits_per_character"] == pytest.approx(2 / math.log(2))
     assert second["bits_per_character"] == pytest.approx(3.5 / math.log(2))  # two characters a token
     assert eval_extrapolation.bucket_edges(8, 16) == [0, 8, 16, 32, 64, 128]
