@@ -31,6 +31,8 @@ from tests.conftest import TINY_FLAGS
 from tests.test_encodings import tiny
 from tests.test_training import log, run
 
+CPU = torch.device("cpu")
+
 # --- models and runs to compute with
 
 
@@ -422,6 +424,17 @@ def random_checkpoint(**changes):
     """A model with random weights, whose losses depend on all that it sees."""
     model = tiny("rope", vocab_size=4, block_size=16, **changes)
     return {**constant_checkpoint(THIRDS), "config": asdict(model.config), "model": model.state_dict()}
+
+
+def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte():
+    config = dict(n_layer=4, n_head=1, n_embd=10, block_size=50, vocab_size=20, pe="nope")
+    forward = 100 * (3 * 20 + 16 * 10)  # numbers for each token of a chunk
+    cache = 2 * 10 * 4 * 1000  # keys and values of four layers and 1,000 tokens
+    assert eval_extrapolation.windows_at_a_time(config, 1000, 100, CPU) == int(0.5e9 / 4 / (forward + cache))
+    config |= dict(window_pattern="SL", window=30)
+    cache = 2 * 10 * (2 * 1000 + 2 * (30 + 100))  # a layer with a window keeps the window and the chunk
+    assert eval_extrapolation.windows_at_a_time(config, 1000, 100, CPU) == int(0.5e9 / 4 / (forward + cache))
+    assert eval_extrapolation.windows_at_a_time(config | dict(block_size=10**6), 1000, 100, CPU) == 1
 
 
 def test_the_local_score_has_the_whole_trained_context_of_each_run(tmp_path):
