@@ -22,7 +22,7 @@ from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from common.groups import group_by_seed, print_groups
-from data.loader import document_windows, text_to_score
+from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
 
@@ -227,9 +227,7 @@ def make_parser():
     parser = flags.ArgumentParser("Score runs beyond their trained context, side by side on the same tokens.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs (best.pt is scored, if it exists) or checkpoints")
-    add("--dataset", help="folder whose validation text is scored; default: that of the runs")
-    add("--text", help="score this text file instead, as one document")
-    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
+    add_text_flags(parser)
     add("--max_factor", type=flags.parsed(int, at_least=1, at_most=2**16), default=16,
         help="longest context, in multiples of block_size")
     add("--windows", type=count, default=32, help="windows to average over")
@@ -300,6 +298,9 @@ def main(argv=None):
         print("note: --rope_factor has no effect without --rope_scaling")
     place = Place(args)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
+    fixed = [name for name, checkpoint in zip(names, checkpoints) if not GPTConfig(**checkpoint["config"]).rotary()]
+    if args.rope_scaling and fixed:
+        print(f"note: --rope_scaling has no effect on {', '.join(fixed)}: nothing rotates there")
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)
     runs = score_runs(args, checkpoints, names, windows, edges, characters, place)
     groups = group_by_seed(runs) if args.group_by_seed else []

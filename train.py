@@ -13,6 +13,7 @@ loss) and log.jsonl (one line per evaluation). To read the code, start with trai
 import math
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -70,6 +71,13 @@ FREE_ON_RESUME = {"resume", "out_dir", "dataset", "max_iters", "device", "compil
 def due(step, interval):
     """Whether something that happens every `interval` steps (None: never) happens at this step."""
     return interval is not None and step % interval == 0
+
+
+def say(text):
+    """Print a line. If nobody reads it, or the disk it goes to is full, training continues all the same."""
+    with suppress(OSError):
+        tqdm.write(text)
+        sys.stdout.flush()
 
 
 def train(run, signals, bar):
@@ -189,8 +197,8 @@ class Run:
                      "lr": self.lr}
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
         self.write(append_log, "log.jsonl", line)
-        if self.place.rank == 0 and not sys.stderr.isatty():  # no progress bar is shown
-            print(", ".join(f"{name} {value:.6g}" for name, value in line.items()), flush=True)
+        if self.place.rank == 0 and not (sys.stdout.isatty() and sys.stderr.isatty()):  # else the bar shows them
+            say(", ".join(f"{name} {value:.6g}" for name, value in line.items()))
 
     def weights(self):
         """What evaluation and sampling need, and how far the run is."""
@@ -235,7 +243,7 @@ class Run:
             write(Path(self.config.out_dir, name), content)
         except OSError as error:
             self.write_error = error
-            tqdm.write(f"warning: {error}; training continues")
+            say(f"warning: {error}; training continues")
             return False
         return True
 

@@ -116,10 +116,10 @@ def pick_device(name):
     try:
         x = torch.ones(8, 8, device=name)
         (x @ x).sum().item()  # a kernel has to run, too: an old GPU may have none in this build of PyTorch
-    except torch.OutOfMemoryError as error:
-        raise RuntimeError(f"--device {name}: its memory is full: stop what else runs there, or use --device cpu"
-                           ) from error
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if "out of memory" in str(error):
+            raise RuntimeError(f"--device {name}: its memory is full: stop what else runs there, or use --device cpu"
+                               ) from error
         if auto and name != "cpu":
             print(f"note: {name} cannot be used ({str(error).splitlines()[0]}); using the CPU")
             return torch.device("cpu")

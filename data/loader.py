@@ -169,6 +169,14 @@ def document_windows(ids, end_of_document, length, n_windows):
     return torch.from_numpy(np.stack([ids[places[i]:places[i] + length + 1] for i in chosen]).astype(np.int64))
 
 
+def add_text_flags(parser):
+    """--dataset, --text and --meta, as text_to_score takes them."""
+    add = parser.add_argument
+    add("--dataset", help="folder whose validation text is read; default: that of the runs")
+    add("--text", help="read this text file instead, as one document")
+    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
+
+
 def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
     """What several checkpoints are scored on -> token ids, their source, the text's sha256, the tokenizer.
 
@@ -182,6 +190,8 @@ def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
         if saved_tokenizer(checkpoint, meta) != saved:
             raise ValueError(f"{name} and {names[0]} have different tokenizers: score them separately")
     note_training_texts(checkpoints, names)
+    if dataset and text:
+        print("note: --dataset has no effect with --text")
     smallest = min(checkpoints, key=lambda checkpoint: checkpoint["config"]["vocab_size"])
     tokenizer = checkpoint_tokenizer(smallest, meta)
     if text:

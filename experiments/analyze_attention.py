@@ -24,7 +24,7 @@ from common.arrangements import name_of
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
 from common.report import add_output_flags, check_outputs, print_table, run_names, write_json
-from data.loader import document_windows, text_to_score
+from data.loader import add_text_flags, document_windows, text_to_score
 from experiments.draw_attention import draw
 from model import frequencies, rotate
 
@@ -281,8 +281,7 @@ def main(argv=None):
     parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and beyond it.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders (best.pt is read, if there is one) or checkpoints")
-    add("--dataset", help="folder whose validation text is read; default: that of the runs")
-    add("--text", help="read this text file instead")
+    add_text_flags(parser)
     add("--max_factor", type=count, default=4,
         help="length of a run's windows in multiples of its block_size; memory grows with its square")
     add("--windows", type=count, default=8, help="windows to average over")
@@ -294,7 +293,7 @@ def main(argv=None):
     place, names = Place(args), run_names(args.runs)
 
     checkpoints = [load_checkpoint(path) for path in args.runs]
-    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text)
+    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     lengths = [args.max_factor * checkpoint["config"]["block_size"] for checkpoint in checkpoints]
     windows = document_windows(ids, tokenizer.end_of_document, max(lengths), args.windows)[:, :-1].to(place.device)
     print(f"reading {len(windows)} windows of {args.max_factor} L, {max(lengths):,} tokens, each inside one document "

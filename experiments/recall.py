@@ -43,7 +43,7 @@ from common.arrangements import fields_of, name_of
 from common.checkpoint import load_checkpoint, load_model, replacing
 from common.device import DeviceConfig, Place
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
-from data.loader import document_windows, text_to_score
+from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
 from model import GPT, PE, GPTConfig, KVCache
 from train import TrainConfig
@@ -293,7 +293,7 @@ def copy_in_text(model, windows, passage, distance):
 def test_language_models(args, place):
     """-> the result, as the JSON holds it."""
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
-    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text)
+    ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)
     passage = L // 4
     distances = [passage, 2 * passage, 3 * passage, *bucket_edges(L, args.max_factor)[1:-1]]
@@ -429,8 +429,7 @@ def make_parser():
                         learning_rate=3e-3, muon_learning_rate=1e-2)
 
     group = parser.add_argument_group("language models (with OUT_DIR)")
-    group.add_argument("--dataset", help="folder whose validation text is read; default: that of the runs")
-    group.add_argument("--text", help="read this text file instead")
+    add_text_flags(group)
     group.add_argument("--windows", type=parsed(int, at_least=2), default=32, help="passages to average over")
     flags.add_flags(group, GPTConfig, "attn_scaling")
     report.add_output_flags(parser, "accuracy by length")

@@ -11,7 +11,6 @@ of its faults. A fault is noticed if a test fails or takes too long. Survivors a
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import sys
 import tempfile
@@ -46,6 +45,8 @@ def work_in_a_copy(folder):
     shutil.copytree(PROJECT, copy, ignore=skipped, dirs_exist_ok=True)
     os.chdir(copy)
     os.environ["OMP_NUM_THREADS"] = "1"
+    import resource  # not on Windows
+
     resource.setrlimit(resource.RLIMIT_AS, (2**34,) * 2)  # a fault may ask for any amount of memory
 
 

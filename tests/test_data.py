@@ -309,6 +309,12 @@ def test_the_end_of_the_longest_document_is_held_out_only_if_whole_ones_give_les
     assert val_texts == [small] and len(train_texts) == 16
 
 
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
+    """Windows' editors put it in front of UTF-8."""
+    (tmp_path / "notes.txt").write_bytes("\ufeffCall me Ishmael.".encode())
+    assert sources.read_text(tmp_path / "notes.txt") == "Call me Ishmael."
+
+
 def test_charset_auto_is_advised_only_if_it_was_not_given(tmp_path, capsys):
     (tmp_path / "novel.txt").write_text("abc " * 500 + "ééé", encoding="utf-8")  # at its end, the validation text
     found = {}

@@ -426,6 +426,14 @@ def random_checkpoint(**changes):
     return {**constant_checkpoint(THIRDS), "config": asdict(model.config), "model": model.state_dict()}
 
 
+def test_flags_that_change_no_score_are_noted(tmp_path, capsys):
+    text = "ab" * 100
+    evaluate(tmp_path, {"still": constant_checkpoint(THIRDS)}, text, "--rope_scaling", "pi", "--max_factor", "2",
+             "--dataset", "data/any")
+    out = capsys.readouterr().out
+    assert "note: --rope_scaling has no effect on still" in out and "note: --dataset has no effect with --text" in out
+
+
 def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte():
     config = dict(n_layer=4, n_head=1, n_embd=10, block_size=50, vocab_size=20, pe="nope")
     forward = 100 * (3 * 20 + 16 * 10)  # numbers for each token of a chunk

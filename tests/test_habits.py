@@ -147,14 +147,36 @@ def test_if_there_is_no_terminal_each_line_of_the_log_is_printed_once(dataset, t
     assert captured.err == ""  # no progress bar in the file of a job
 
 
-def test_at_a_terminal_there_is_a_progress_bar_and_no_line_per_evaluation(dataset, tmp_path, monkeypatch, capsys):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
 
+
+def test_at_a_terminal_there_is_a_progress_bar_and_no_line_per_evaluation(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(dataset, tmp_path, "--max_iters", "10")
-    assert "10/10" in sys.stderr.getvalue() and "iter " not in capsys.readouterr().out
+    assert "10/10" in sys.stderr.getvalue() and "iter " not in sys.stdout.getvalue()
+
+
+def test_what_is_piped_into_a_file_has_the_lines_although_the_terminal_has_the_bar(dataset, tmp_path, monkeypatch,
+                                                                                   capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    run(dataset, tmp_path, "--max_iters", "10")
+    assert "10/10" in sys.stderr.getvalue() and "iter 10," in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_reader_that_leaves_or_a_disk_that_is_full_does_not_end_the_training(dataset, tmp_path, monkeypatch, error):
+    """As with `train.py | head -1` or `train.py > log`. What fails is each line, here from the first evaluation on."""
+    class Closed(io.StringIO):
+        def write(self, text):
+            if text.startswith("iter"):
+                raise error
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    run(dataset, tmp_path, "--max_iters", "10")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 10
 
 
 # --- signals
@@ -169,10 +191,14 @@ def at_the_eighth_step(monkeypatch):
     return at
 
 
+def refuse(number, frame):
+    raise AssertionError(f"signal {number} was not received by train.py")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
 def test_sighup_saves_as_sigterm_does_unless_nohup_ignores_it(dataset, tmp_path, at_the_eighth_step):
     at_the_eighth_step(lambda: os.kill(os.getpid(), signal.SIGHUP))
-    before = signal.signal(signal.SIGHUP, signal.default_int_handler)  # raises KeyboardInterrupt
+    before = signal.signal(signal.SIGHUP, refuse)  # by default it would end pytest
     try:
         with pytest.raises(SystemExit) as ended:
             run(dataset, tmp_path / "stopped", "--max_iters", "12")
@@ -371,7 +397,7 @@ def test_a_file_of_flags_is_found_from_any_folder_and_one_s_own_comes_first(tmp_
 # --- checkpoints and folders that are named
 
 
-@pytest.mark.parametrize("change, word", [({"pe": "powerlaw"}, "powerlaw"), ({"exponent": 2.0}, "exponent"),
+@pytest.mark.parametrize("change, word", [({"pe": "from_elsewhere"}, "from_elsewhere"), ({"exponent": 2.0}, "exponent"),
                                           ({"rope_scaling": "longrope"}, "longrope")])
 def test_a_checkpoint_of_another_model_py_is_not_called_damaged(finished_run, tmp_path, fails, change, word):
     checkpoint = load_checkpoint(finished_run)

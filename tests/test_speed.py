@@ -143,6 +143,7 @@ def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, rank, name, 
 
 @pytest.mark.parametrize("name, error, raised, words", [
     ("cuda", torch.OutOfMemoryError("CUDA out of memory"), RuntimeError, "its memory is full"),
+    ("cuda", RuntimeError("CUDA error: out of memory"), RuntimeError, "its memory is full"),  # from the driver
     ("cuda", RuntimeError("no kernel image is available"), ValueError, "does not support")])
 def test_a_gpu_that_is_full_or_too_old_is_named_as_such(monkeypatch, name, error, raised, words):
     monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(error))
