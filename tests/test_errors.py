@@ -3,6 +3,7 @@ What a newcomer can do wrong gets one line that names the cause and the remedy, 
 
     python -m pytest tests/test_errors.py
 """
+import re
 import shutil
 from dataclasses import fields
 from pathlib import Path
@@ -149,6 +150,31 @@ def test_every_number_that_can_be_given_has_the_limits_that_it_should_have():
             else:
                 with pytest.raises((SystemExit, ValueError)):
                     train.parse(argv)
+
+
+@pytest.mark.parametrize("script, limits", [
+    (sample, {"num_samples": "1 0", "max_new_tokens": "1 0", "temperature": "0.01 0", "top_k": "1 0",
+              "seed": f"0 -1 {2**32} {2**32 + 1}", "rope_factor": "1 0.9"}),
+    (eval_extrapolation, {"max_factor": f"1 0 {2**16} {2**16 + 1}", "windows": "1 0", "batch_size": "1 0",
+                          "chunk": "1 0", "rope_factor": "1 0.9"})])
+def test_numbers_beyond_a_limit_are_refused_before_anything_is_read(fails, tmp_path, script, limits):
+    out_dir = ["--out_dir", str(tmp_path / "none")] if script is sample else [str(tmp_path / "none")]
+    for name, values in limits.items():
+        for i, value in enumerate(values.split()):
+            _, lines = fails(script, [*out_dir, f"--{name}={value}"])
+            assert ("no checkpoint" in lines[-1]) == (i % 2 == 0), (name, value)
+
+
+def test_the_defaults_that_the_documented_numbers_were_made_with(capsys):
+    text = {}
+    for script in (sample, eval_extrapolation):
+        with pytest.raises(SystemExit):
+            script.main(["--help"])
+        text[script] = " ".join(capsys.readouterr().out.split())
+    for script, defaults in ((eval_extrapolation, {"max_factor": 16, "windows": 32, "chunk": 128}),
+                             (sample, {"num_samples": 1, "max_new_tokens": 500, "temperature": 0.8, "seed": 1})):
+        for name, value in defaults.items():
+            assert re.search(rf"--{name} {name.upper()} [^()]*\(default: {value}\)", text[script]), name
 
 
 def test_help_lists_every_flag_with_a_word_on_each(capsys):

@@ -304,6 +304,14 @@ def test_a_nope_head_cannot_find_the_previous_of_equal_tokens_and_a_rope_head_ca
     assert theory.attention_in_a_run(torch.zeros(16), 12, scale=8.0)[1] == pytest.approx(1 / 12)
 
 
+@pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_picture_has_the_format_that_its_name_says_and_few_colours(tmp_path, suffix, start):
+    figure = report.import_pyplot().figure()
+    report.save_picture(figure, tmp_path / f"a{suffix}")
+    picture = (tmp_path / f"a{suffix}").read_bytes()
+    assert picture.startswith(start) and (suffix != ".png" or picture[25] == 3)  # 3: with a palette
+
+
 def test_at_the_smallest_base_no_distance_within_the_context_has_a_negative_sum_of_cosines_and_just_below_it_one_has():
     def lowest(base, length, n_pairs):
         return min(sum(math.cos(m * base ** (-j / n_pairs)) for j in range(n_pairs)) for m in range(length + 1))
