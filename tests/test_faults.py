@@ -295,6 +295,23 @@ def test_best_pt_is_written_when_the_validation_loss_is_lower_than_ever_and_only
     assert (best["iter"], best["val_loss"]) == (8, 2.5) and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 10
 
 
+def test_a_file_that_cannot_be_written_does_not_count_as_written(dataset, tmp_path, monkeypatch):
+    one_run = new_run(dataset, tmp_path)
+
+    def full(path, checkpoint):
+        raise OSError("No space left on device")
+
+    one_run.iter = 3
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    one_run.evaluate()
+    one_run.save()
+    assert one_run.best_val_loss == math.inf and one_run.saved == 0 and "No space" in str(one_run.write_error)
+    monkeypatch.setattr(train, "save_checkpoint", lambda path, checkpoint: None)
+    one_run.evaluate()
+    one_run.save()
+    assert one_run.best_val_loss == one_run.val_loss and one_run.saved == 3
+
+
 def test_scoring_and_sampling_a_folder_take_best_pt_if_there_is_one(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     save_checkpoint(tmp_path / "run" / "best.pt", constant_checkpoint([1.0, 1e-30, 1e-30, 1e-30]))
