@@ -1,7 +1,7 @@
 """
 Speed and memory as ratios: everything that is compared runs in one process, in turns, and the median counts.
 
-    python -m experiments.bench                                  all but the last, half an hour on two CPU cores
+    python -m experiments.bench                                  all but the last two, half an hour on two CPU cores
     python -m experiments.bench train --n_layer 4 --n_embd 128 --block_size 128 --batch_size 32 --json FILE
     python -m experiments.bench windows --pe hope:SSSL:16 nope+rope:SSSL:16 --n_layer 4 --n_embd 128 --block_size 128
     python -m experiments.bench time_to_loss --compete nanogpt:600 muon:250 adamw:400:5e-3 --seed 1 2 3 --plot FILE.png
@@ -13,6 +13,7 @@ memory        peak memory of an evaluation to 64 L, each encoding in its own pro
 windows       layers with windows against the same network without: a training step, 1,000 new tokens, an evaluation to
               16 L and to 64 L, and what the cache holds
 profile       which parts of a training step take its CPU time
+compile       a training step through torch.compile against the same step without it
 time_to_loss  how long each way to train takes to the loss that the first one ends with (see race())
 
 --optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
@@ -146,6 +147,18 @@ def bench_against_plain(args, config, place, make_step):
         flops = x.numel() * (6 * weights + 12 * args.n_layer * args.n_embd * args.block_size) / timed["ours, hope"][0]
         print(f"  {flops / 1e12:.1f} TFLOP/s" + (f", {flops / peak:.1%} of the card's bfloat16 peak" if peak else ""))
     return found
+
+
+def bench_compile(args, config, place):
+    make_step, results = step_maker(args, config, place), {}
+    for pe in args.pe or ["hope"]:
+        torch.compiler.reset()
+        calls = {"as it is": make_step(pe, compiled=False), "compiled": make_step(pe, compiled=True)}
+        first = seconds(calls["compiled"], place.device)
+        results[pe] = report(f"a training step of {pe}, {place.dtype}; compiled, the first takes {first:.0f} s",
+                             in_turns(calls, args.repeats, place.device, SETTLE))
+        results[pe]["compiled"]["first step"] = first
+    return results
 
 
 # --------------------------------------------------------------------------------------------------
@@ -428,21 +441,22 @@ def bench_profile(args, config, place):
 
 
 BENCHMARKS = {"train": bench_train, "generate": bench_generate, "evaluate": bench_evaluate, "memory": bench_memory,
-              "windows": bench_windows, "profile": bench_profile, "time_to_loss": bench_time_to_loss}
+              "windows": bench_windows, "profile": bench_profile, "compile": bench_compile,
+              "time_to_loss": bench_time_to_loss}
 
 
 def make_parser():
     parser = flags.ArgumentParser("Measure speed and memory as ratios, in turns, in one process.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
-    default = [name for name in BENCHMARKS if name != "time_to_loss"]
+    default = [name for name in BENCHMARKS if name not in ("compile", "time_to_loss")]
     add("what", nargs="*", default=default, help=f"some of {', '.join(BENCHMARKS)}")
     flags.add_flags(parser, GPTConfig, "n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     parser.set_defaults(n_layer=6, n_head=6, n_embd=384, block_size=256, vocab_size=99)
     add("--batch_size", type=count, default=8, help="windows per training step")
     add("--chunk", type=count, default=128, help="tokens of a window per forward, in evaluations")
     add("--repeats", type=count, default=9, help="rounds over which the median is taken")
-    add("--pe", nargs="+", metavar="PE", help="windows, time_to_loss: encodings or arrangements of layers, such as "
-        "nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
+    add("--pe", nargs="+", metavar="PE", help="windows, compile, time_to_loss: encodings or arrangements of layers, such "
+        "as nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
     flags.add_flags(parser, TrainConfig, "compile")
     add_output_flags(parser, "time_to_loss: loss against minutes")
     flags.add_flags(parser, DeviceConfig)

@@ -670,6 +670,15 @@ def test_the_benchmark_of_windows_compares_with_the_same_network_without(tmp_pat
     assert set(generated) == {(0, 1000), (3, 1000)}
 
 
+def test_the_benchmark_of_the_compiler_takes_the_same_step_compiled_and_not(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(model.config.pe) or model)
+    bench.main(["compile", *TINY_BENCH, "--pe", "hope", "alibi", "--json", str(tmp_path / "b.json")])
+    found = json.loads((tmp_path / "b.json").read_text())["compile"]
+    assert compiled == list(found) == ["hope", "alibi"] and all(row["compiled"]["ratio"] > 0 for row in found.values())
+    assert all(row["as it is"]["ratio"] == 1 and row["compiled"]["first step"] > 0 for row in found.values())
+
+
 def test_the_baseline_is_nanogpts_network_with_nanogpts_settings(dataset, tmp_path):
     """Its weights, put into a GPT with learned positions, which is GPT-2, give the same logits."""
     args = bench.make_parser().parse_args(["time_to_loss", *TINY_BENCH, "--dataset", dataset, "--compete", "nanogpt:7"])
