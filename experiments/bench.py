@@ -455,8 +455,8 @@ def make_parser():
     add("--batch_size", type=count, default=8, help="windows per training step")
     add("--chunk", type=count, default=128, help="tokens of a window per forward, in evaluations")
     add("--repeats", type=count, default=9, help="rounds over which the median is taken")
-    add("--pe", nargs="+", metavar="PE", help="windows, compile, time_to_loss: encodings or arrangements of layers, such "
-        "as nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
+    add("--pe", nargs="+", metavar="PE", help="windows, compile, time_to_loss: encodings or arrangements of layers, as "
+        "nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
     flags.add_flags(parser, TrainConfig, "compile")
     add_output_flags(parser, "time_to_loss: loss against minutes")
     flags.add_flags(parser, DeviceConfig)
