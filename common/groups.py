@@ -50,15 +50,17 @@ def group_names(groups):
     groups = [{name: value for name, value in group.items() if name not in without_effect(group)} for group in groups]
     every = dict.fromkeys(name for group in groups for name in group if name not in (*IN_THE_NAME, "seed"))
     for flag in sorted(every, key=lambda flag: flag in DERIVED):
-        longer = [f"{name} {flag} {shown(group[flag])}" if flag in group else name
-                  for name, group in zip(names, groups)]
+        longer = [with_flag(name, flag, group[flag]) if flag in group else name for name, group in zip(names, groups)]
         if len(set(longer)) > len(set(names)):
             names = longer
     return names
 
 
-def shown(value):
-    return f"{value:g}" if isinstance(value, float) else value
+def with_flag(name, flag, value):
+    """A name and a flag by which groups differ -> a longer name. Scalings are named as eval_extrapolation.py does."""
+    if flag in ("rope_scaling", "attn_scaling"):
+        return name if value == "none" else f"{name} {value}"
+    return f"{name} {flag} {value:g}" if isinstance(value, float) else f"{name} {flag} {value}"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -296,8 +296,7 @@ def test_runs_with_other_flags_or_scalings_are_other_groups_and_idle_flags_do_no
                             scored("rope", 1, (2.0, 2.5), args={"learning_rate": 0.1, "out_dir": "a"}),
                             scored("rope", 2, (2.0, 2.5), args={"learning_rate": 0.1, "out_dir": "b"})])
     assert [group["seeds"] for group in groups] == [[1, 2], [1], [1, 2]]
-    assert [group["name"] for group in groups] == ["rope rope_scaling none", "rope rope_scaling yarn",
-                                                   "rope rope_scaling none learning_rate 0.1"]
+    assert [group["name"] for group in groups] == ["rope", "rope yarn", "rope learning_rate 0.1"]
 
 
 @pytest.mark.parametrize("changes, words", [
