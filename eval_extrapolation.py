@@ -15,6 +15,7 @@ least L / 2). If the full context does better than this, the far tokens help; if
 perplexity = exp(loss); loss in nats per token.
 """
 import math
+import statistics
 
 import torch
 
@@ -244,9 +245,11 @@ def make_parser():
 
 def choose_windows(args, checkpoints, names):
     """-> windows (N, W + 1), bucket edges, characters per bucket, sha256 of the text: the same for all runs."""
-    if len({checkpoint["iter"] for checkpoint in checkpoints}) > 1:
-        print("note: the runs differ in training steps: "
-              + ", ".join(f"{name} {checkpoint['iter']:,}" for name, checkpoint in zip(names, checkpoints)))
+    steps = {name: checkpoint["iter"] for name, checkpoint in zip(names, checkpoints)}
+    most = statistics.mode(steps.values())
+    if others := [f"{name} of step {step:,}" for name, step in steps.items() if step != most]:
+        print(f"note: not all weights are of step {most:,} (best.pt is that of the lowest validation loss): "
+              + ", ".join(others))
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     contexts = [checkpoint["config"]["block_size"] for checkpoint in checkpoints]
     L = min(contexts)

@@ -451,6 +451,14 @@ def test_flags_that_change_no_score_are_noted(tmp_path, capsys):
     assert "note: --rope_scaling has no effect on still" in out and "note: --dataset has no effect with --text" in out
 
 
+def test_weights_of_another_step_than_most_are_named(tmp_path, capsys):
+    steps = {"a": 40, "b": 20, "c": 40}
+    checkpoints = {name: {**constant_checkpoint(THIRDS), "iter": step} for name, step in steps.items()}
+    evaluate(tmp_path, checkpoints, "ab" * 100, "--max_factor", "2")
+    [note] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: not all weights")]
+    assert note.startswith("note: not all weights are of step 40 ") and note.endswith(": b of step 20")
+
+
 def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte():
     config = dict(n_layer=4, n_head=1, n_embd=10, block_size=50, vocab_size=20, pe="nope")
     forward = 100 * (3 * 20 + 16 * 10)  # numbers for each token of a chunk
