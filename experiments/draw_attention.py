@@ -120,7 +120,7 @@ def plot_components(runs, path):
             color = import_pyplot().cm.plasma(0.9 * j / max(1, len(curves) - 1))
             panel.plot(middles(run), curve, color=color, linewidth=1)
         token_axis(panel, run, "1 + distance (tokens)" if run is runs[len(runs) // 2] else "")
-        panel.set_title(run["name"])
+        panel.set_title(run["name"], fontsize="small")
     axes[0, 0].set_ylabel("$S_j$ (logits), dark: fast pairs,\nfirst layer that sees all")
     heat_maps(figure, runs, axes[1], "inside/pair_share", "share of variance,\ninside L")
     heat_maps(figure, runs, axes[2], "inside/pair_swing", "std. of $S_j$ by distance,\ninside L (logits)")
@@ -134,7 +134,7 @@ def plot_frequency(runs, path):
     for name, row in zip(("queries", "keys", "values"), axes):
         heat_maps(figure, runs, row, f"norm/{name[0]}", f"mean 2-norm\nof {name}")
     for run, panel in zip(runs, axes[0]):
-        panel.set_title(run["name"])
+        panel.set_title(run["name"], fontsize="small")
     pair_axis(figure, runs, axes[2])
     save_picture(figure, path)
 
@@ -148,7 +148,7 @@ def plot_entropy(runs, path):
             draw_mean(panel, x, run[name], color=style["color"], linestyle=line, label=label)
         panel.plot(x, np.log(x), color="gray", linestyle="-.", label="ln n: uniform attention")
         token_axis(panel, run, "1 + position of the query (tokens)" if run is runs[len(runs) // 2] else "")
-        panel.set_title(run["name"])
+        panel.set_title(run["name"], fontsize="small")
     axes[0, 0].set_ylabel("entropy of attention (nats)")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_picture(figure, path)
