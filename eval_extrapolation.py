@@ -297,8 +297,7 @@ def score_runs(args, checkpoints, names, windows, edges, characters, place):
 def main(argv=None):
     args = make_parser().parse_args(argv)
     report.check_outputs(args)
-    if args.rope_factor != "auto" and args.rope_scaling in (None, ["none"]):
-        print("note: --rope_factor has no effect without --rope_scaling")
+    flags.note_idle_factor(args)
     place = Place(args)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     fixed = [name for name, checkpoint in zip(names, checkpoints) if not GPTConfig(**checkpoint["config"]).rotary()]

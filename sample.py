@@ -39,8 +39,7 @@ def main(argv=None):
     flags.add_flags(parser, DeviceConfig)
     args = parser.parse_args(argv)
 
-    if args.rope_factor != "auto" and not args.rope_scaling:
-        print("note: --rope_factor has no effect without --rope_scaling")
+    flags.note_idle_factor(args)
     place = Place(args)
     checkpoint = load_checkpoint(args.out_dir)
     tokenizer = checkpoint_tokenizer(checkpoint, args.meta)

@@ -106,6 +106,11 @@ class Place:
             distributed.destroy_process_group()
 
 
+def is_out_of_memory(error):
+    words = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's for it
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
 def pick_device(name):
     """--device -> torch.device. Raises ValueError if there is no such device, RuntimeError if its memory is full."""
     auto = name == "auto"
@@ -117,7 +122,7 @@ def pick_device(name):
         x = torch.ones(8, 8, device=name)
         (x @ x).sum().item()  # a kernel has to run, too: an old GPU may have none in this build of PyTorch
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        if "out of memory" in str(error):
+        if is_out_of_memory(error):
             raise RuntimeError(f"--device {name}: its memory is full: stop what else runs there, or use --device cpu"
                                ) from error
         if auto and name != "cpu":
@@ -199,8 +204,7 @@ def explained_failures(network, config, place):
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise RuntimeError("torch.compile failed; continue without it: python train.py --resume --no-compile "
                                f"--out_dir {config.out_dir}. {error}") from error
-        memory_errors = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's words for it
-        if not isinstance(error, MemoryError) and not any(words in str(error) for words in memory_errors):
+        if not is_out_of_memory(error):
             raise
         gigabytes = memory_estimate(network, config.batch_size, place.dtype) / 1e9
         raise RuntimeError(f"out of memory on {place}; these flags need about {gigabytes:.1f} GB: halve --batch_size "

@@ -153,6 +153,12 @@ def add_scaling_flags(parser, several=False):
               "auto: as many as there are", type=lambda text: text if text == "auto" else factor(text))
 
 
+def note_idle_factor(args):
+    """Tell that a --rope_factor was given without a --rope_scaling that uses it."""
+    if args.rope_factor != "auto" and args.rope_scaling in (None, "none", ["none"]):
+        print("note: --rope_factor has no effect without --rope_scaling")
+
+
 def parse_again(parser, argv, stored, free):
     """Parse argv with the flags of an earlier run, stored, as defaults.
 

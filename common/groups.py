@@ -60,7 +60,7 @@ def with_flag(name, flag, value):
     """A name and a flag by which groups differ -> a longer name. Scalings are named as eval_extrapolation.py does."""
     if flag in ("rope_scaling", "attn_scaling"):
         return name if value == "none" else f"{name} {value}"
-    return f"{name} {flag} {value:g}" if isinstance(value, float) else f"{name} {flag} {value}"
+    return f"{name} {flag} " + (f"{value:g}" if isinstance(value, float) else str(value))
 
 
 # --------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def analyze(checkpoint, windows, place):
     found = measure(model, windows[:, :length], starts, place.autocast)
     found["entropy_logn"] = measure(scaled, windows[:, :length], starts, place.autocast)["entropy"]
     run, kinds = summarize(found), model.config.kinds()
-    first = kinds.index("L") if "L" in kinds else 0
+    first = kinds.index("L")  # the last layer is one
     for group in query_groups(L, length):
         curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"])  # (layers, P, bins)
         # of the first layer that sees everything: all layers would be most of the file
@@ -238,7 +238,7 @@ def analyze(checkpoint, windows, place):
     return {"pe": config["pe"], "layers": name_of(model.config), "block_size": L, "length": length,
             "iter": checkpoint["iter"], "seed": checkpoint.get("args", {}).get("seed"), "windows": len(windows),
             "starts": starts, "wavelength": (2 * math.pi / frequencies(head_dim, model.config.rope_base)).tolist(),
-            "n_turning": rotated.get("L", 0), "rotated": rotated, **run}
+            "n_turning": rotated["L"], "rotated": rotated, **run}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -403,7 +403,6 @@ def plot_races(races, path):
     save_picture(figure, path)
 
 
-# Those before time_to_loss run by default.
 # --------------------------------------------------------------------------------------------------
 # Where the time of a step goes
 

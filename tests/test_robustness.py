@@ -297,7 +297,9 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
     one = run(dataset, tmp_path / "one", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "train.py",
                *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "two"), *flags]
-    subprocess.run(command, check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
     two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
     for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
         assert a["iter"] == b["iter"] and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
