@@ -4,6 +4,7 @@ that looks at nothing but the last few tokens has a flat perplexity.
 
     python -m experiments.recall --json recall.json --plot recall.png     train small models on two tasks and test them
     python -m experiments.recall --pe rope hope rope:SL:16 hope:SL:16 nope+rope:SL:16 --seed 1 2 3 --jobs 2 --json FILE
+    python -m experiments.recall --hard --pe hope kerple --json hard.json --plot hard.png      a harder look-up
     python -m experiments.recall out/rope out/hope --json recall_text.json --plot recall_text.png
 
 The tasks, sequences of n tokens, filled up with filler (^ start, . filler, | separator; letters are drawn anew for
@@ -17,9 +18,20 @@ each sequence, from 32 and without repetition). The answers are underlined:
 
 One model per encoding and seed learns copy and binding at once, half of each batch, from sequences of even length up to
 L. Decoys occur only in tests. Tests have odd lengths up to 16 L and the same 4 to 8 letters or 3 to 6 pairs at any
-length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one. --pe names
-encodings or arrangements of layers (common/arrangements.py). A command that was killed continues where it was if
-it is given again with the same --json.
+length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one.
+
+With --hard there are distractors that match in part. A letter is looked up by two others, which both have to match:
+
+    match      ^ c a x . . d b y . c b z . . d a w . . | c a x
+                                                           =
+    crowd      ^ c a x f a u c g v h a t c e s k a r q | c a x
+
+Match has three first and three second letters in all nine combinations, each with a third letter of its own; training
+has one to three of each, and asks for three triples. A test asks for the one that stands first, so that four others
+that match in one of two letters are nearer. In a crowd, which occurs only in tests, such triples replace the filler.
+
+--pe names encodings or arrangements of layers (common/arrangements.py). A command that was killed continues where it
+was if it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
 passage again. How much better is it predicted than the same passage at the same position, read for the first time?
@@ -31,7 +43,7 @@ import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import starmap
 from pathlib import Path
 
@@ -55,7 +67,7 @@ LETTERS = 32
 FILLER, SEPARATOR, START = range(LETTERS, LETTERS + 3)
 VOCAB_SIZE = START + 1
 COPIED, BOUND = range(4, 9), range(3, 7)  # how many letters are copied, how many pairs there are
-SHORTEST = 2 + 4 * max(BOUND)  # the shortest sequence with room for every task
+SIDE, ASKED = 3, 3  # match: up to SIDE first and second letters; ASKED triples are asked for in training
 
 
 def choose(options, generator):
@@ -65,6 +77,11 @@ def choose(options, generator):
 def distinct(size, count, generator):
     """-> `count` different letters in random order, for each of `size` sequences (B, count)."""
     return torch.rand(size, LETTERS, generator=generator).argsort(dim=1)[:, :count]
+
+
+def pick(rows, index):
+    """rows (B, n, ...), index (B, m) -> the chosen ones of each row (B, m, ...)."""
+    return rows[torch.arange(len(rows))[:, None], index]
 
 
 def with_targets(tokens, answers):
@@ -89,7 +106,7 @@ def binding_task(size, length, generator, n_asked=None, decoy=False):
     count = choose(BOUND, generator)
     pairs = distinct(size, 2 * count + 2, generator).view(size, count + 1, 2)  # one more, for the decoy
     order = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :n_asked]
-    asked = pairs[torch.arange(size)[:, None], order].flatten(1)  # (B, 2 n_asked)
+    asked = pick(pairs, order).flatten(1)  # (B, 2 n_asked)
     tokens = torch.full((size, length + 1), FILLER)
     first = length + 1 - asked.size(1)  # position of the first question
     tokens[:, 0], tokens[:, first - 1] = START, SEPARATOR
@@ -100,19 +117,68 @@ def binding_task(size, length, generator, n_asked=None, decoy=False):
     return with_targets(tokens, range(first + 1, length + 1, 2))
 
 
+def match_task(size, length, generator, testing=False, crowd=False):
+    """-> tokens and targets; up to ASKED triples are asked for at the end, in tests the first alone."""
+    n_first, n_second = (SIDE, SIDE) if testing else torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
+    n = n_first * n_second
+    letters = distinct(size, LETTERS, generator)
+    first, second, third, others = letters.split([n_first, n_second, n, LETTERS - n_first - n_second - n], dim=1)
+    triples = torch.stack([first.repeat_interleave(n_second, 1), second.repeat(1, n_first), third], dim=2)  # (B, n, 3)
+    triples = pick(triples, torch.rand(size, n, generator=generator).argsort(dim=1))  # in random order
+    order = torch.rand(size, n, generator=generator).argsort(dim=1)[:, :ASKED]
+    asked = triples[:, :1] if testing else pick(triples, order)  # (B, m, 3)
+    tokens = torch.full((size, length + 1), FILLER)
+    question = length + 1 - 3 * asked.size(1)  # position of the first one
+    tokens[:, 0], tokens[:, question - 1] = START, SEPARATOR
+    tokens[:, question:] = asked.flatten(1)
+    if crowd:
+        count = (question - 5) // 3
+        drawn = torch.randint(others.size(1), (size, 3 * count), generator=generator)
+        filling = pick(others, drawn).unflatten(1, (count, 3))
+        filling[:, ::2, 0], filling[:, 1::2, 1] = asked[:, 0, :1], asked[:, 0, 1:2]  # one of two letters matches
+        triples, starts = torch.cat([asked, filling], dim=1), question - 1 - 3 * torch.arange(count + 1, 0, -1)
+        starts[0] = 1
+    else:  # the first triple after ^, the others at random places
+        places = torch.randperm(question - 3 - 2 * n, generator=generator)[:n - 1].sort().values + 1
+        starts = 1 + torch.cat([places.new_zeros(1), places]) + 2 * torch.arange(n)
+    for i in range(3):
+        tokens[:, starts + i] = triples[:, :, i]
+    return with_targets(tokens, range(question + 2, length + 1, 3))
+
+
 def mean_over(options, probability):
     return sum(map(probability, options)) / len(options)
 
 
-# Name -> the task as tested, and the accuracy of the best guess that knows the candidates but not their order: for
-# copy the letters that have not been given yet, else the second letters of all pairs. A blind guess has 1 / 32.
-TASKS = {
+@dataclass
+class Tasks:
+    """What a model learns and how it is tested."""
+
+    trained: tuple  # a share of each batch each
+    tested: dict  # name -> the task as tested, and the accuracy of the best guess that knows part of the answer
+    part: str  # which part
+    shortest: int  # the shortest sequence with room for all of them
+
+
+# Without order: one of the letters that have not been given yet, or of the second letters of all pairs. A blind guess
+# has 1 / 32.
+EASY = Tasks((copy_task, binding_task), {
     "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
     "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
     "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
-}
+}, "without order", 2 + 4 * max(BOUND))
+# From one letter: one of the SIDE triples that share it, or of half of the crowd, which is hardly better than blind.
+HARD = Tasks((match_task,), {
+    "match": (lambda *args: match_task(*args, testing=True), 1 / SIDE),
+    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), 1 / LETTERS),
+}, "from one letter", 2 + 3 * (SIDE * SIDE + ASKED))
+ONLY_TESTED = ("decoy", "crowd")
 LEARNED = 0.95  # accuracy inside L below which a model has not learned the task
 EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
+
+
+def tasks_of(args):
+    return HARD if args.hard else EASY
 
 
 def generator_for(*numbers):
@@ -134,15 +200,15 @@ def optimizer_config(args):
 
 
 def train(config, args, seed, device):
-    """-> a model trained on copy and binding, and the loss of its last step in nats per answer."""
+    """-> a model trained on its tasks, and the loss of its last step in nats per answer."""
     torch.manual_seed(seed)
-    model, schedule = GPT(config).to(device).train(), optimizer_config(args)
+    model, schedule, tasks = GPT(config).to(device).train(), optimizer_config(args), tasks_of(args)
     optimizer = make_optimizer(model, schedule, device)
     for step in range(args.max_iters):
         generator = generator_for(seed, step)
-        length = choose(range(SHORTEST, config.block_size + 1, 2), generator)  # even
-        halves = [task(args.batch_size // 2, length, generator) for task in (copy_task, binding_task)]
-        tokens, targets = (torch.cat(parts).to(device) for parts in zip(*halves))  # (B, length)
+        length = choose(range(tasks.shortest, config.block_size + 1, 2), generator)  # even
+        shares = [task(args.batch_size // len(tasks.trained), length, generator) for task in tasks.trained]
+        tokens, targets = (torch.cat(parts).to(device) for parts in zip(*shares))  # (B, length)
         set_learning_rate(optimizer, step, schedule)
         optimizer.zero_grad(set_to_none=True)
         loss = model(tokens, targets)[1]
@@ -161,14 +227,14 @@ def most_likely(model, tokens, targets, chunk=1024):
 
 
 @torch.no_grad()
-def test(model, task, start, end, n_batches, seed, device):
-    """Accuracy at odd lengths in (start, end] -> {"accuracy", "exact", "decoy" and their standard errors}, or None if
-    the encoding is undefined there.
+def test(model, task, start, end, n_batches, seed, device, shortest=EASY.shortest):
+    """Accuracy at odd lengths in (start, end], from `shortest` on -> {"accuracy", "exact", "decoy" and their standard
+    errors}, or None if the encoding is undefined there.
 
     exact: share of sequences without a mistake. decoy: share of answers that are the last letter before the separator.
     The standard errors are over batches, since the sequences of a batch have the same length.
     """
-    lengths = range(max(start, SHORTEST) | 1, end + 1, 2)
+    lengths = range(max(start, shortest) | 1, end + 1, 2)
     if model.transformer.wpe.max_length is not None and end > model.transformer.wpe.max_length:
         return None
     rows = []
@@ -194,8 +260,10 @@ def train_and_test(config, seed, args, device):
     edges, name = bucket_edges(args.block_size, args.max_factor), name_of(config)
     started, cpu = time.time(), time.process_time()
     model, loss = train(config, args, seed, device)
-    tasks = {task: [test(model, make, start, end, args.batches, seed, device) for start, end in zip(edges, edges[1:])]
-             for task, (make, _) in TASKS.items()}
+    suite = tasks_of(args)
+    tasks = {task: [test(model, make, start, end, args.batches, seed, device, suite.shortest)
+                    for start, end in zip(edges, edges[1:])]
+             for task, (make, _) in suite.tested.items()}
     inside = ", ".join(f"{task} {buckets[0]['accuracy']:.3f}" for task, buckets in tasks.items())
     print(f"{name:16} seed {seed}   {time.time() - started:5.0f} s   accuracy inside L: {inside}", flush=True)
     return {"name": name, "pe": config.pe, "seed": seed, "config": asdict(config), "loss": loss,
@@ -213,8 +281,9 @@ def side_by_side(function, arguments, jobs):
 
 def train_and_test_all(args, device):
     """-> the run of each network and seed. Finished ones are kept in a file beside --json until all are done."""
-    if args.block_size < 2 * SHORTEST:
-        raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {2 * SHORTEST} or more")
+    shortest = tasks_of(args).shortest
+    if args.block_size < 1.5 * shortest:
+        raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {2 * shortest} or more")
     common = {name: getattr(args, name) for name in NETWORK}
     networks = [GPTConfig(vocab_size=VOCAB_SIZE, **{**common, **fields_of(pe)}) for pe in args.pe]
     settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
@@ -239,7 +308,7 @@ def mean_over_seeds(runs):
     for name in dict.fromkeys(run["name"] for run in runs):
         group = [run for run in runs if run["name"] == name]
         tasks = {task: [mean_bucket(buckets) for buckets in zip(*(run["tasks"][task] for run in group))]
-                 for task in TASKS}
+                 for task in group[0]["tasks"]}
         means.append({"name": name, "pe": group[0]["pe"], "seeds": [run["seed"] for run in group], "tasks": tasks})
     return means
 
@@ -322,23 +391,26 @@ def cells(buckets, key):
     return [report.format_cell(bucket[key], bucket[f"{key}_stderr"]) if bucket else "-" for bucket in buckets]
 
 
-def print_tasks(runs, means, edges):
+def print_tasks(runs, means, edges, suite):
     """Tables of accuracy by length: of each run and of the means over seeds, if there are several seeds."""
     columns = [f"({start:,}, {end:,}]" for start, end in zip(edges, edges[1:])]
     several = len(means) < len(runs)
     each = {f"{run['name']}, seed {run['seed']}" if several else run["name"]: run for run in runs}
     if several:
         each |= {f"{mean['name']}, mean of {len(mean['seeds'])}": mean for mean in means}
-    for task, (_, chance) in TASKS.items():
-        rows = {name + " *" * (run["tasks"][task][0]["accuracy"] < LEARNED): cells(run["tasks"][task], "accuracy")
-                for name, run in each.items()}
+    for task, (_, chance) in suite.tested.items():
+        unlearned = {name: task not in ONLY_TESTED and run["tasks"][task][0]["accuracy"] < LEARNED
+                     for name, run in each.items()}
+        rows = {name + " *" * unlearned[name]: cells(run["tasks"][task], "accuracy") for name, run in each.items()}
         report.print_table(f"{task}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}, "
-                           f"best guess that ignores order {chance:.3f}", columns, rows)
+                           f"best guess {suite.part} {chance:.3f}", columns, rows)
     for task, key, title in (
-            ("copy", "exact", f"sequences without a mistake; best guess that ignores order {EXACT_CHANCE:.3f}"),
-            ("decoy", "decoy", "answers that are the decoy's")):
-        rows = {run["name"]: cells(run["tasks"][task], key) for run in means}
-        report.print_table(f"{task}: share of {title}", columns, rows)
+            ("copy", "exact", f"sequences without a mistake; best guess without order {EXACT_CHANCE:.3f}"),
+            ("decoy", "decoy", "answers that are the decoy's"),
+            ("crowd", "decoy", "answers that are the nearest triple's")):
+        if task in suite.tested:
+            rows = {run["name"]: cells(run["tasks"][task], key) for run in means}
+            report.print_table(f"{task}: share of {title}", columns, rows)
     print(f"*: below {LEARNED} inside L: not learned in these steps, so that the accuracy beyond L says little")
     if several:
         print("± of a run: over batches of test sequences; ± of a mean: over seeds")
@@ -373,10 +445,14 @@ def plot_lines(panel, runs, rows, x, y, guesses, L):
     panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
-def plot_tasks(runs, path):
-    panels = [(f"{name}: accuracy", name, "accuracy", (1 / LETTERS, chance)) for name, (_, chance) in TASKS.items()]
-    panels.append(("decoy: answers that are the decoy's", "decoy", "decoy", ()))
-    figure, axes = report.import_pyplot().subplots(2, 2, figsize=(9.5, 8.5), layout="constrained")
+def plot_tasks(runs, suite, path):
+    panels = [(f"{name}: accuracy", name, "accuracy", (1 / LETTERS, chance)) for name, (_, chance) in
+              suite.tested.items()]
+    if "decoy" in suite.tested:
+        panels.append(("decoy: answers that are the decoy's", "decoy", "decoy", ()))
+    rows = len(panels) // 2
+    figure, axes = report.import_pyplot().subplots(rows, 2, figsize=(9.5, 0.8 + 3.9 * rows), layout="constrained",
+                                                   squeeze=False)
     for panel, (title, name, key, guesses) in zip(axes.flat, panels):
         rows = [run["tasks"][name] for run in runs]
         plot_lines(panel, runs, rows, "end", key, guesses, rows[0][0]["end"])
@@ -418,11 +494,13 @@ def make_parser():
     group.add_argument("--pe", nargs="+", default=list(PE), metavar="PE", help="networks to train: encodings, "
                        "PE:PATTERN:WINDOW or PE+LOCAL_PE:PATTERN:WINDOW, such as nope+rope:SSSL:16")
     flags.add_flags(group, GPTConfig, *NETWORK)
+    group.add_argument("--hard", action="store_true", help="a look-up with distractors that match in part, in place "
+                       "of copy and binding")
     flags.add_flags(group, TrainConfig, "max_iters")
     flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
     flags.add_flags(group, OptimizerConfig)
     group.add_argument("--batch_size", type=parsed(int, at_least=2), default=32,
-                       help="sequences per step, half of each task")
+                       help="sequences per step")
     group.add_argument("--jobs", type=count, default=1, help="models to train at once, each in a process of its own")
     group.add_argument("--batches", type=count, default=16, help="tests of 16 sequences, per task and range of lengths")
     parser.set_defaults(block_size=64, n_layer=2, n_embd=64, max_iters=2000,
@@ -447,10 +525,13 @@ def main(argv=None):
     else:
         runs = train_and_test_all(args, place.device)
         means = mean_over_seeds(runs)
-        print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor))
+        suite = tasks_of(args)
+        print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor), suite)
+        guesses = {name: chance for name, (_, chance) in suite.tested.items()}
         result = {"flags": {**vars(args), **asdict(optimizer_config(args))}, "chance_blind": 1 / LETTERS,
-                  "chance_without_order": {name: chance for name, (_, chance) in TASKS.items()},
-                  "chance_exact_without_order": EXACT_CHANCE, "runs": runs, "means": means}
+                  "chance_" + suite.part.replace(" ", "_"): guesses,
+                  "chance_exact_without_order": EXACT_CHANCE if "copy" in suite.tested else None,
+                  "runs": runs, "means": means}
     if args.json:
         result = {"seed": args.seed, "device": str(place), **result}
         report.write_json(args.json, "-m experiments.recall", result, digits=4)
@@ -458,7 +539,7 @@ def main(argv=None):
     if args.plot and args.runs:
         plot_text(result["runs"], result["most_frequent_token"], args.plot)
     elif args.plot:
-        plot_tasks(result["means"], args.plot)
+        plot_tasks(result["means"], suite, args.plot)
 
 
 if __name__ == "__main__":

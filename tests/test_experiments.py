@@ -364,6 +364,50 @@ def test_in_training_all_bindings_are_asked_for():
         assert {row[i]: t for i, t in enumerate(target) if t >= 0} == bound
 
 
+def triples_of(row):
+    """The triples before the separator: (first, second) -> third letter, and how many."""
+    letters = [token for token in row[1:row.index(recall.SEPARATOR)] if token != recall.FILLER]
+    found = list(zip(letters[::3], letters[1::3], letters[2::3], strict=True))
+    return {(a, b): c for a, b, c in found}, found
+
+
+@pytest.mark.parametrize("length", [38, 63, 200, 1023])
+def test_match_asks_for_the_first_of_nine_triples_and_four_others_share_a_letter_with_it(length):
+    tokens, targets = recall.match_task(8, length, recall.generator_for(2), testing=True)
+    assert tokens.shape == targets.shape == (8, length)
+    for row, target in zip(tokens.tolist(), targets.tolist()):
+        assert [i for i, t in enumerate(target) if t >= 0] == [length - 1] and row[-3] == recall.SEPARATOR
+        bound, triples = triples_of(row)
+        assert len(bound) == len(triples) == 9 and tuple(row[1:3]) == tuple(row[-2:]) and bound[*row[-2:]] == target[-1]
+        assert len({c for *_, c in triples}) == 9 and len({token for triple in triples for token in triple}) == 15
+        assert [sum(triple[i] == row[1 + i] for triple in triples) for i in range(3)] == [3, 3, 1]
+
+
+def test_in_training_match_asks_for_up_to_three_triples_of_grids_of_all_sizes():
+    sizes, layouts = set(), set()
+    for seed in range(60):
+        tokens, targets = recall.match_task(4, 38 + 2 * (seed % 14), recall.generator_for(seed))
+        for row, target in zip(tokens.tolist(), targets.tolist()):
+            bound, triples = triples_of(row)
+            asked = [i for i, t in enumerate(target) if t >= 0]
+            assert all(bound[row[i - 1], row[i]] == target[i] for i in asked) and len(asked) == min(3, len(triples))
+            assert len({row[i - 1:i + 1][0] * 99 + row[i] for i in asked}) == len(asked)  # all different
+        sizes.add((len({a for a, *_ in triples}), len({b for _, b, _ in triples})))
+        layouts.add(tuple(token == recall.FILLER for token in row))
+    assert sizes == {(i, j) for i in (1, 2, 3) for j in (1, 2, 3)} and len(layouts) > 50
+
+
+@pytest.mark.parametrize("length", [39, 63, 200, 1023])
+def test_a_crowd_has_no_filler_and_every_triple_but_the_first_matches_in_one_letter_of_two(length):
+    tokens, targets = recall.match_task(8, length, recall.generator_for(2), testing=True, crowd=True)
+    for row, target in zip(tokens.tolist(), targets.tolist()):
+        triples = triples_of(row)[1]
+        asked = tuple(row[-2:])
+        assert triples[0] == (*asked, target[-1]) and row.count(recall.FILLER) <= 2
+        assert len(triples) == (length - 4) // 3
+        assert all((a == asked[0]) != (b == asked[1]) and c not in (*asked, target[-1]) for a, b, c in triples[1:])
+
+
 class Answers(torch.nn.Module):
     """A model that answers each token with what a function of the tokens and targets (B, T) returns."""
 
@@ -376,18 +420,29 @@ class Answers(torch.nn.Module):
         return torch.nn.functional.one_hot(self.answer(tokens, targets), recall.VOCAB_SIZE).float(), None
 
 
+TASKS = recall.EASY.tested | recall.HARD.tested
+
+
 def accuracies(answer, task, end=128):
-    return recall.test(Answers(answer), recall.TASKS[task][0], end // 2, end, 20, 1, torch.device("cpu"))
+    return recall.test(Answers(answer), TASKS[task][0], end // 2, end, 20, 1, torch.device("cpu"))
 
 
 def test_accuracy_is_1_for_a_model_that_knows_and_as_stated_for_a_guess():
-    for task, (_, chance) in recall.TASKS.items():
+    for task, (_, chance) in TASKS.items():
         assert accuracies(lambda tokens, targets: targets.clamp(min=0), task)["accuracy"] == 1
         blind = accuracies(lambda tokens, targets: torch.full_like(tokens, 3), task)
         assert abs(blind["accuracy"] - 1 / 32) < 4 * blind["accuracy_stderr"] + 0.01
-        assert blind["exact"] < 0.1 and 1 / 32 < chance < 0.5
+        assert blind["exact"] < 0.1 and 1 / 32 <= chance < 0.5
     first = accuracies(lambda tokens, targets: tokens[:, 2:3].expand_as(tokens), "binding")  # of the first pair, always
-    assert abs(first["accuracy"] - recall.TASKS["binding"][1]) < 4 * first["accuracy_stderr"]
+    assert abs(first["accuracy"] - TASKS["binding"][1]) < 4 * first["accuracy_stderr"]
+
+    def third_of_one_with_this_second_letter(tokens, targets):
+        """The answer of the last triple that shares the second letter: one of three."""
+        share = (tokens[:, :-3] == tokens[:, -1:]) * torch.arange(tokens.size(1) - 3)
+        return tokens.gather(1, share.argmax(1, keepdim=True) + 1).expand_as(tokens)
+
+    found = accuracies(third_of_one_with_this_second_letter, "match")  # the right one stands first, never last
+    assert found["accuracy"] == 0
 
 
 def test_a_model_that_takes_the_nearest_pair_falls_for_every_decoy():
@@ -405,7 +460,7 @@ def test_training_and_test_lengths_are_disjoint_and_sequences_depend_on_the_seed
         recall.test(Answers(lambda tokens, targets: tokens), noting(recall.copy_task), start, end, 5, 1,
                     torch.device("cpu"))
         assert all(length % 2 == 1 and start < length <= end for length in lengths[-5:])
-    monkeypatch.setattr(recall, "copy_task", noting(recall.copy_task))
+    monkeypatch.setattr(recall.EASY, "trained", (noting(recall.copy_task),))
     args = recall.make_parser().parse_args(["--max_iters", "5", "--n_embd", "16"])
     recall.train(GPTConfig(vocab_size=recall.VOCAB_SIZE, n_embd=16, block_size=64), args, 1, torch.device("cpu"))
     assert all(length % 2 == 0 and length <= 64 for length in lengths[-5:])
