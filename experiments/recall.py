@@ -35,6 +35,8 @@ was if it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
 passage again. How much better is it predicted than the same passage at the same position, read for the first time?
+A needle is such a passage with its tokens shuffled, so that no knowledge of the language helps. Its first half is the
+key, and predictions of its second half count.
 
 Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
@@ -328,27 +330,27 @@ def mean_bucket(buckets):
 
 
 @torch.no_grad()
-def copy_in_text(model, windows, passage, distance):
-    """A passage, the text that follows it, and the passage again, starting `distance` tokens after its first start.
+def copy_in_text(model, windows, passages, distance, scored_from=1):
+    """A passage, text, and the passage again, starting `distance` tokens after its first start.
 
-    windows (N, at least distance + passage) -> accuracy, and loss in nats per token: of the passage's "first" reading,
-    of its "second", and "unseen", at the same position after other text instead of the first reading; "gain", the loss
-    saved by the first reading. The passage's first token is not counted: nothing announces it. None beyond an
-    encoding's limit.
+    windows (N, at least distance + P): text, which passages (N, P) replace at both places -> accuracy, and loss in nats
+    per token: of the passage's "first" reading, of its "second", and "unseen", at the same position after other text
+    instead of the first reading; "gain", the loss saved by the first reading. Tokens of the passage before scored_from
+    are not counted; nothing announces the first one. None beyond an encoding's limit.
     """
-    limit = model.transformer.wpe.max_length
+    limit, passage = model.transformer.wpe.max_length, passages.size(1)
     if limit is not None and distance + passage > limit:
         return None
     text = windows[:, :distance + passage].clone()  # (N, T)
-    text[:, distance:] = text[:, :passage]
+    text[:, :passage] = text[:, distance:] = passages
     other = text.clone()
     other[:, :passage] = windows.roll(1, dims=0)[:, :passage]
     found = {}
     for row, rows in enumerate(zip(text, other)):
         logits, _ = model(torch.stack(rows)[:, :-1], torch.stack(rows)[:, 1:])  # (2, T - 1, V)
-        target = text[row, 1:passage]  # (passage - 1,)
+        target = passages[row, scored_from:]  # (P - scored_from,)
         for name, which, at in (("first", 0, 0), ("second", 0, distance), ("unseen", 1, distance)):
-            predicted = logits[which, at:at + passage - 1].float()  # (passage - 1, V)
+            predicted = logits[which, at + scored_from - 1:at + passage - 1].float()  # (P - scored_from, V)
             found.setdefault(f"{name}_accuracy", []).append((predicted.argmax(-1) == target).float().mean())
             found.setdefault(f"{name}_loss", []).append(F.cross_entropy(predicted, target))
     found = {name: torch.stack(values) for name, values in found.items()}  # (N,) each
@@ -372,13 +374,17 @@ def test_language_models(args, place):
                          "--max_factor")
     print(f"{len(windows)} passages of {passage} tokens of {source} (sha256 {text_sha256[:16]}), repeated, on {place}; "
           f"L = {L} tokens")
-    runs = []
+    passages = windows[:, :passage]
+    shuffled = torch.rand(passages.shape, generator=generator_for(L)).argsort(dim=1).to(place.device)
+    needles, runs = pick(passages, shuffled), []
     for name, checkpoint in zip(names, checkpoints):
         model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(place.device)
         with place.autocast():
-            buckets = [copy_in_text(model, windows, passage, distance) for distance in distances]
+            found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
+                     "needles": [copy_in_text(model, windows, needles, distance, passage // 2)
+                                 for distance in distances]}
         runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": checkpoint["config"]["block_size"],
-                     "iter": checkpoint["iter"], "distances": buckets})
+                     "iter": checkpoint["iter"], **found})
     chance = windows.flatten().bincount().max().item() / windows.numel()
     return {"dataset_sha256": text_sha256, "most_frequent_token": chance, "distances": distances, "runs": runs}
 
@@ -426,6 +432,10 @@ def print_text(runs, distances, chance):
                        ("gain", "loss in nats per token saved by the first reading"),
                        ("second_loss", "loss on the second reading"), ("first_loss", "loss on the first reading")):
         report.print_table(title, columns, {run["name"]: cells(run["distances"], key) for run in runs})
+    for key, title in (("second_accuracy", "needles: accuracy on the second half, read for the second time"),
+                       ("unseen_accuracy", "needles: the same, read for the first time"),
+                       ("gain", "needles: loss in nats per token saved by the first reading")):
+        report.print_table(title, columns, {run["name"]: cells(run["needles"], key) for run in runs})
     if any(None in run["distances"] for run in runs):
         print("-: the encoding is undefined at these distances")
 
@@ -463,17 +473,16 @@ def plot_tasks(runs, suite, path):
 
 
 def plot_text(runs, chance, path):
-    figure, axes = report.import_pyplot().subplots(2, 1, figsize=(9.5, 8.5), layout="constrained")
-    rows = [run["distances"] for run in runs]
-    for panel, key, guess, title, unit in (
-            (axes[0], "second_accuracy", chance, "second reading of a passage", "accuracy"),
-            (axes[1], "gain", 0, "loss saved by the first reading", "nats per token")):
-        plot_lines(panel, runs, rows, "distance", key, [guess], runs[0]["block_size"])
-        panel.set(title=title, ylabel=unit)
-    axes[1].set_xlabel("distance between the readings (tokens); dotted: L, dashed: guessing")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    figure, axes = report.import_pyplot().subplots(2, 2, figsize=(9.5, 8.5), layout="constrained", sharey="row")
+    for column, (what, title) in zip(axes.T, (("distances", "a passage"), ("needles", "a needle: shuffled tokens"))):
+        rows = [run[what] for run in runs]
+        for panel, key, guess, unit in ((column[0], "second_accuracy", chance, "accuracy on the second reading"),
+                                        (column[1], "gain", 0, "nats per token saved by the first reading")):
+            plot_lines(panel, runs, rows, "distance", key, [guess], runs[0]["block_size"])
+            panel.set(title=title, ylabel=unit)
+    figure.supxlabel("distance between the readings (tokens); dotted: L, dashed: guessing", fontsize="medium")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     report.save_picture(figure, path)
-
 
 # --------------------------------------------------------------------------------------------------
 

@@ -552,17 +552,37 @@ def test_a_repeated_passage_is_scored_at_its_second_position():
     """A model that repeats the token before the current one is right on a text of period 2 only."""
     period = torch.tensor([3, 4]).repeat(40)[None].repeat(2, 1)  # (2, 80)
     model = Answers(lambda tokens, targets: tokens.roll(1, dims=1))
-    found = recall.copy_in_text(model, period, passage=8, distance=16)
+    found = recall.copy_in_text(model, period, period[:, :8], distance=16)
     assert found["second_accuracy"] == 1 and found["gain"] == 0 and found["length"] == 24
     mixed = torch.randint(30, (2, 80), generator=torch.Generator().manual_seed(0))
-    assert recall.copy_in_text(model, mixed, passage=8, distance=16)["second_accuracy"] < 0.5
+    assert recall.copy_in_text(model, mixed, mixed[:, :8], distance=16)["second_accuracy"] < 0.5
+
+
+def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
+    windows, needles = torch.randint(30, (3, 50)), torch.randint(30, (3, 8))
+    seen, right_from = [], 4
+
+    def knows_the_second_half(tokens, targets):
+        seen.append(tokens)
+        right = torch.arange(tokens.size(1)) % 24 >= right_from - 1  # of the needles at 0 and 24
+        return torch.where(right, targets, torch.full_like(targets, 31))
+
+    model = Answers(knows_the_second_half)
+    assert recall.copy_in_text(model, windows, needles, 24, scored_from=4)["second_accuracy"] == 1
+    for row, (text, other) in enumerate(seen):
+        assert torch.equal(text[:8], needles[row]) and torch.equal(text[24:], needles[row, :7])
+        assert torch.equal(other[:8], windows[row - 1, :8]) and torch.equal(other[8:], text[8:])
+        assert torch.equal(text[8:24], windows[row, 8:24])
+    assert recall.copy_in_text(model, windows, needles, 24, scored_from=3)["second_accuracy"] == pytest.approx(0.8)
 
 
 def test_in_context_copying_by_checkpoints_writes_json(finished_run, tmp_path, capsys):
     recall.main([finished_run, "--max_factor", "4", "--windows", "3", "--device", "cpu",
                  "--json", str(tmp_path / "t.json")])
     result = json.loads((tmp_path / "t.json").read_text())
-    assert [bucket["distance"] for bucket in result["runs"][0]["distances"]] == [4, 8, 12, 16, 32]
+    for what in ("distances", "needles"):
+        assert [bucket["distance"] for bucket in result["runs"][0][what]] == [4, 8, 12, 16, 32]
+    assert result["runs"][0]["needles"][0]["unseen_loss"] != result["runs"][0]["distances"][0]["unseen_loss"]
     assert "most frequent token" in capsys.readouterr().out and len(result["dataset_sha256"]) == 64
 
 
