@@ -21,7 +21,7 @@ import train
 from common.checkpoint import load_checkpoint
 from common.flags import PROJECT
 from common.groups import group_by_seed, group_names
-from experiments import sweep
+from experiments import plot_flag, sweep
 from model import GPTConfig
 from tests.conftest import TINY_FLAGS
 
@@ -319,3 +319,78 @@ def test_what_eval_extrapolation_wrote_is_averaged_and_drawn(finished_run, tmp_p
     group, = json.loads((tmp_path / "g.json").read_text())["groups"]
     assert group["seeds"] == [1, 2] and group["buckets"][0]["ppl"] == pytest.approx(other["buckets"][0]["ppl"])
     assert (tmp_path / "g.png").stat().st_size > 1000 and "± 0.00" in capsys.readouterr().out
+
+
+# --- perplexity against a flag
+
+
+def groups_file(path, *runs):
+    """(fields of GPTConfig, losses) of each run -> a file as sweep --json writes it."""
+    groups = group_by_seed([scored(changes["pe"], 1, nlls, block_size=128, config=vars(GPTConfig(**changes)))
+                            for changes, nlls in runs])
+    path.write_text(json.dumps({"groups": groups}))
+    return str(path)
+
+
+def test_groups_become_lines_over_the_flags_value_and_those_without_effect_have_none(tmp_path):
+    file = groups_file(tmp_path / "a.json", ({"pe": "hope", "hope_cutoff": 4.0}, (2.0, 3.0)),
+                       ({"pe": "hope", "hope_cutoff": 0.5}, (2.1, 3.0)), ({"pe": "rope"}, (2.2, 3.0)),
+                       ({"pe": "hope", "hope_cutoff": 2.0, "n_layer": 3}, (2.3, 3.0)),
+                       ({"pe": "hope", "hope_cutoff": 1.0, "n_layer": 3}, (2.4, 3.0)))
+    other = groups_file(tmp_path / "b.json", ({"pe": "hope", "hope_cutoff": 4.0}, (9.0, 9.0)),
+                        ({"pe": "hope", "hope_cutoff": 8.0}, (2.5, 3.0)))
+    lines = plot_flag.lines_of(plot_flag.read_groups([file, other]), "hope_cutoff")
+    found = {name: [(group["value"], round(group["buckets"][0]["nll"], 6)) for group in line] for name, line in lines}
+    assert found == {"hope n_layer 4": [(0.5, 2.1), (4.0, 2.0), (8.0, 2.5)], "rope n_layer 4": [(None, 2.2)],
+                     "hope n_layer 3": [(1.0, 2.4), (2.0, 2.3)]}
+
+
+def test_a_line_over_windows_does_not_have_one_in_its_name(tmp_path):
+    layers = {"window_pattern": "SL", "local_pe": "rope"}
+    file = groups_file(tmp_path / "a.json", *[({"pe": pe, "window": window, **layers}, (2.0, 3.0))
+                                              for pe in ("nope", "rope") for window in (16, 8)])
+    lines = plot_flag.lines_of(plot_flag.read_groups([file]), "window")
+    assert [(name, [group["value"] for group in line]) for name, line in lines] == [
+        ("nope+rope:SL", [8, 16]), ("rope:SL", [8, 16])]
+
+
+def test_K_and_the_smallest_base_are_marked():
+    config = GPTConfig(block_size=128, n_embd=128, n_head=4)
+    text, fraction = plot_flag.mark("prope_fraction", config)
+    turning = [j for j in range(16) if 128 * 10_000 ** (-j / 16) >= 2 * math.pi]
+    assert "K" in text and fraction == len(turning) / 16
+    _, base = plot_flag.mark("rope_base", config)
+    least = [min(sum(math.cos(m * b ** (-j / 16)) for j in range(16)) for m in range(129))
+             for b in (base, 0.98 * base)]
+    assert least[0] > -0.05 and least[1] < 0 and plot_flag.mark("hope_cutoff", config) is None
+
+
+def test_the_picture_has_a_panel_per_range_and_a_dotted_mark(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    runs = [({"pe": "prope", "prope_fraction": p}, (2.0 - p, 3.0)) for p in (0.25, 0.5)]
+    runs.append(({"pe": "rope"}, (2.2, 3.2)))
+    figures = []
+    monkeypatch.setattr(plot_flag.report, "save_picture", lambda figure, path: figures.append(figure))
+    plot_flag.main(["prope_fraction", groups_file(tmp_path / "a.json", *runs), "--plot", str(tmp_path / "a.png")])
+    first, second = figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in first.lines}
+    assert lines["rope"] == pytest.approx([math.exp(2.2)] * 2) and any("K" in label for label in lines)
+    assert any(list(line.get_ydata()) == pytest.approx([math.exp(1.75), math.exp(1.5)]) for line in first.lines)
+    assert first.get_title() == "[0, 16)" and second.get_title() == "[16, 32)"
+
+
+@pytest.mark.parametrize("flag, words", [("pe", "not a flag with a number"), ("none", "not a flag with a number"),
+                                         ("hope_cutoff", "one value only"), ("block_size", "different --block_size")])
+def test_what_cannot_be_drawn_against_a_flag_is_refused_in_one_line(flag, words, tmp_path, fails):
+    pytest.importorskip("matplotlib")
+    file = groups_file(tmp_path / "a.json", ({"pe": "hope"}, (2.0, 3.0)))
+    if flag == "block_size":
+        result = json.loads(Path(file).read_text())
+        result["groups"].append({**result["groups"][0], "args": {**result["groups"][0]["args"], "block_size": 512},
+                                 "buckets": result["groups"][0]["buckets"][:1]})
+        Path(file).write_text(json.dumps(result))
+    code, lines = fails(plot_flag, [flag, file, "--plot", str(tmp_path / "a.png")])
+    assert code == 2 and len(lines) == 1 and words in lines[0]
+    (tmp_path / "b.json").write_text("{}")
+    code, lines = fails(plot_flag, [flag, str(tmp_path / "b.json"), "--plot", str(tmp_path / "a.png")])
+    assert code == 2 and len(lines) == 1 and "not written by experiments.sweep" in lines[0]
