@@ -52,7 +52,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import flags, report
+from common import flags, groups, report
 from common.arrangements import fields_of, name_of
 from common.checkpoint import load_checkpoint, load_model, replacing
 from common.device import DeviceConfig, Place
@@ -319,9 +319,10 @@ def mean_bucket(buckets):
     """The same bucket of several runs -> its mean, or None if the encoding is undefined there."""
     if len(buckets) == 1 or buckets[0] is None:
         return buckets[0]
-    mean = {key: buckets[0][key] for key in ("start", "end")}
-    for key in ("accuracy", "exact", "decoy"):
-        mean[key], mean[f"{key}_stderr"] = report.mean_and_stderr([bucket[key] for bucket in buckets])
+    mean = dict(buckets[0])
+    for key in buckets[0]:
+        if f"{key}_stderr" in mean:
+            mean[key], mean[f"{key}_stderr"] = report.mean_and_stderr([bucket[key] for bucket in buckets])
     return mean
 
 
@@ -361,6 +362,21 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
     return bucket
 
 
+def mean_over_seeds_in_text(runs, checkpoints):
+    """Runs and their checkpoints -> one for each group of runs that differ in their seed alone, as mean_over_seeds."""
+    settings = [{name: value for name, value in (checkpoint.get("args", {}) | checkpoint["config"]).items()
+                 if name not in groups.NO_SETTING} for checkpoint in checkpoints]
+    members = {}
+    for run, its in zip(runs, settings):
+        members.setdefault(groups.group_key(its), []).append((run, its))
+    if len(members) == len(runs):
+        return runs
+    names = groups.group_names([group[0][1] for group in members.values()])
+    return [{**group[0][0], "name": name, "seeds": [its["seed"] for _, its in group],
+             **{what: [mean_bucket(buckets) for buckets in zip(*(run[what] for run, _ in group))]
+                for what in ("distances", "needles")}} for name, group in zip(names, members.values())]
+
+
 def test_language_models(args, place):
     """-> the result, as the JSON holds it."""
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
@@ -386,7 +402,8 @@ def test_language_models(args, place):
         runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": checkpoint["config"]["block_size"],
                      "iter": checkpoint["iter"], **found})
     chance = windows.flatten().bincount().max().item() / windows.numel()
-    return {"dataset_sha256": text_sha256, "most_frequent_token": chance, "distances": distances, "runs": runs}
+    return {"dataset_sha256": text_sha256, "most_frequent_token": chance, "distances": distances, "runs": runs,
+            "means": mean_over_seeds_in_text(runs, checkpoints)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -425,6 +442,7 @@ def print_tasks(runs, means, edges, suite):
 
 
 def print_text(runs, distances, chance):
+    """Tables of runs, or of means over seeds."""
     columns = [f"{distance:,}" for distance in distances]
     for key, title in (("second_accuracy", f"accuracy on the second reading, by distance from the first in tokens; "
                                            f"most frequent token {chance:.3f}"),
@@ -436,6 +454,7 @@ def print_text(runs, distances, chance):
                        ("unseen_accuracy", "needles: the same, read for the first time"),
                        ("gain", "needles: loss in nats per token saved by the first reading")):
         report.print_table(title, columns, {run["name"]: cells(run["needles"], key) for run in runs})
+    print("±: standard error over seeds, or over passages for a single run")
     if any(None in run["distances"] for run in runs):
         print("-: the encoding is undefined at these distances")
 
@@ -530,7 +549,7 @@ def main(argv=None):
     place = Place(args)
     if args.runs:
         result = test_language_models(args, place)
-        print_text(result["runs"], result["distances"], result["most_frequent_token"])
+        print_text(result["means"], result["distances"], result["most_frequent_token"])
     else:
         runs = train_and_test_all(args, place.device)
         means = mean_over_seeds(runs)
@@ -546,7 +565,7 @@ def main(argv=None):
         report.write_json(args.json, "-m experiments.recall", result, digits=4)
         Path(f"{args.json}.partial").unlink(missing_ok=True)
     if args.plot and args.runs:
-        plot_text(result["runs"], result["most_frequent_token"], args.plot)
+        plot_text(result["means"], result["most_frequent_token"], args.plot)
     elif args.plot:
         plot_tasks(result["means"], suite, args.plot)
 

@@ -586,6 +586,27 @@ def test_in_context_copying_by_checkpoints_writes_json(finished_run, tmp_path, c
     assert "most frequent token" in capsys.readouterr().out and len(result["dataset_sha256"]) == 64
 
 
+def test_in_context_copying_is_averaged_over_seeds_and_over_nothing_else():
+    def run(name, gain):
+        bucket = {"distance": 4, "gain": gain, "gain_stderr": 9.0}
+        return {"name": name, "pe": "hope", "distances": [bucket, None], "needles": [bucket]}
+
+    def checkpoint(**changes):
+        args = {"seed": 1, "out_dir": "a", "learning_rate": 0.1, **changes}
+        return {"config": vars(GPTConfig(pe="hope")), "args": args}
+
+    runs = [run("a", 1.0), run("b", 4.0), run("c", 2.0)]
+    found = recall.mean_over_seeds_in_text(runs, [checkpoint(), checkpoint(learning_rate=0.2),
+                                                  checkpoint(seed=2, out_dir="b")])
+    assert [(mean["name"], mean["seeds"]) for mean in found] == [
+        ("hope learning_rate 0.1", [1, 2]), ("hope learning_rate 0.2", [1])]
+    for what in ("distances", "needles"):
+        assert found[0][what][0] == {"distance": 4, "gain": 1.5, "gain_stderr": pytest.approx(0.5)}
+        assert found[1][what] == runs[1][what]
+    assert found[0]["distances"][1] is None
+    assert recall.mean_over_seeds_in_text(runs[:2], [checkpoint(), checkpoint(learning_rate=0.2)]) == runs[:2]
+
+
 # --- what encodings add to the logit, and the idea in one picture
 
 
