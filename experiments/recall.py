@@ -7,28 +7,8 @@ that looks at nothing but the last few tokens has a flat perplexity.
     python -m experiments.recall --hard --pe hope kerple --json hard.json --plot hard.png      a harder look-up
     python -m experiments.recall out/rope out/hope --json recall_text.json --plot recall_text.png
 
-The tasks, sequences of n tokens, filled up with filler (^ start, . filler, | separator; letters are drawn anew for
-each sequence, from 32 and without repetition). The answers are underlined:
-
-    copy       ^ c a f b . . . . . . . . . | c a f b        repeat the letters
-                                             = = = =
-    binding    ^ c a f b e d . . . . . . . | f b            the second letter of one of the pairs c a, f b, e d
-                                               =
-    decoy      ^ c a f b e d . . . . . h g | f b            the same, with another pair in between
-
-One model per encoding and seed learns copy and binding at once, half of each batch, from sequences of even length up to
-L. Decoys occur only in tests. Tests have odd lengths up to 16 L and the same 4 to 8 letters or 3 to 6 pairs at any
-length: only the distance to them grows. Training asks for all pairs, in random order; a test asks for one.
-
-With --hard there are distractors that match in part. A letter is looked up by two others, which both have to match:
-
-    match      ^ c a x . . d b y . c b z . . d a w . . | c a x
-                                                           =
-    crowd      ^ c a x f a u c g v h a t c e s k a r q | c a x
-
-Match has three first and three second letters in all nine combinations, each with a third letter of its own; training
-has one to three of each, and asks for three triples. A test asks for the one that stands first, so that four others
-that match in one of two letters are nearer. In a crowd, which occurs only in tests, such triples replace the filler.
+A task is to copy letters or to look one up; experiments/tasks.py shows all of them. One model per encoding and seed
+learns copy and binding, or match (--hard), from sequences of even length up to L. Tests have odd lengths up to 16 L.
 
 --pe names encodings or arrangements of layers (common/arrangements.py). A command that was killed continues where it
 was if it is given again with the same --json.
@@ -41,11 +21,10 @@ key, and predictions of its second half count.
 Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
 import json
-import math
 import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from itertools import starmap
 from pathlib import Path
 
@@ -59,136 +38,25 @@ from common.device import DeviceConfig, Place
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
+from experiments.tasks import (
+    EASY,
+    EXACT_CHANCE,
+    HARD,
+    LETTERS,
+    ONLY_TESTED,
+    VOCAB_SIZE,
+    choose,
+    generator_for,
+    pick,
+)
 from model import GPT, PE, GPTConfig, KVCache
 from train import TrainConfig
 
-# --------------------------------------------------------------------------------------------------
-# Tasks: size, length, generator -> tokens (B, length) and targets (B, length), -1 where no answer is expected
-
-LETTERS = 32
-FILLER, SEPARATOR, START = range(LETTERS, LETTERS + 3)
-VOCAB_SIZE = START + 1
-COPIED, BOUND = range(4, 9), range(3, 7)  # how many letters are copied, how many pairs there are
-SIDE, ASKED = 3, 3  # match: up to SIDE first and second letters; ASKED triples are asked for in training
-
-
-def choose(options, generator):
-    return options[torch.randint(len(options), (), generator=generator)]
-
-
-def distinct(size, count, generator):
-    """-> `count` different letters in random order, for each of `size` sequences (B, count)."""
-    return torch.rand(size, LETTERS, generator=generator).argsort(dim=1)[:, :count]
-
-
-def pick(rows, index):
-    """rows (B, n, ...), index (B, m) -> the chosen ones of each row (B, m, ...)."""
-    return rows[torch.arange(len(rows))[:, None], index]
-
-
-def with_targets(tokens, answers):
-    """Tokens (B, length + 1) and the positions of the answers -> inputs and targets (B, length) each."""
-    targets = torch.full_like(tokens, -1)
-    targets[:, answers] = tokens[:, answers]
-    return tokens[:, :-1], targets[:, 1:]
-
-
-def copy_task(size, length, generator):
-    """-> tokens and targets; the answers are the last 4 to 8 tokens."""
-    count = choose(COPIED, generator)
-    letters = distinct(size, count, generator)
-    tokens = torch.full((size, length + 1), FILLER)
-    tokens[:, 0], tokens[:, length - count] = START, SEPARATOR
-    tokens[:, 1:count + 1] = tokens[:, length - count + 1:] = letters
-    return with_targets(tokens, range(length - count + 1, length + 1))
-
-
-def binding_task(size, length, generator, n_asked=None, decoy=False):
-    """-> tokens and targets; n_asked of the pairs (None: all) are asked for at the end, in random order."""
-    count = choose(BOUND, generator)
-    pairs = distinct(size, 2 * count + 2, generator).view(size, count + 1, 2)  # one more, for the decoy
-    order = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :n_asked]
-    asked = pick(pairs, order).flatten(1)  # (B, 2 n_asked)
-    tokens = torch.full((size, length + 1), FILLER)
-    first = length + 1 - asked.size(1)  # position of the first question
-    tokens[:, 0], tokens[:, first - 1] = START, SEPARATOR
-    tokens[:, 1:2 * count + 1] = pairs[:, :count].flatten(1)
-    tokens[:, first:] = asked
-    if decoy:
-        tokens[:, first - 3:first - 1] = pairs[:, count]
-    return with_targets(tokens, range(first + 1, length + 1, 2))
-
-
-def match_task(size, length, generator, testing=False, crowd=False):
-    """-> tokens and targets; up to ASKED triples are asked for at the end, in tests the first alone."""
-    n_first, n_second = (SIDE, SIDE) if testing else torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
-    n = n_first * n_second
-    letters = distinct(size, LETTERS, generator)
-    first, second, third, others = letters.split([n_first, n_second, n, LETTERS - n_first - n_second - n], dim=1)
-    triples = torch.stack([first.repeat_interleave(n_second, 1), second.repeat(1, n_first), third], dim=2)  # (B, n, 3)
-    triples = pick(triples, torch.rand(size, n, generator=generator).argsort(dim=1))  # in random order
-    order = torch.rand(size, n, generator=generator).argsort(dim=1)[:, :ASKED]
-    asked = triples[:, :1] if testing else pick(triples, order)  # (B, m, 3)
-    tokens = torch.full((size, length + 1), FILLER)
-    question = length + 1 - 3 * asked.size(1)  # position of the first one
-    tokens[:, 0], tokens[:, question - 1] = START, SEPARATOR
-    tokens[:, question:] = asked.flatten(1)
-    if crowd:
-        count = (question - 5) // 3
-        drawn = torch.randint(others.size(1), (size, 3 * count), generator=generator)
-        filling = pick(others, drawn).unflatten(1, (count, 3))
-        filling[:, ::2, 0], filling[:, 1::2, 1] = asked[:, 0, :1], asked[:, 0, 1:2]  # one of two letters matches
-        triples, starts = torch.cat([asked, filling], dim=1), question - 1 - 3 * torch.arange(count + 1, 0, -1)
-        starts[0] = 1
-    else:  # the first triple after ^, the others at random places
-        places = torch.randperm(question - 3 - 2 * n, generator=generator)[:n - 1].sort().values + 1
-        starts = 1 + torch.cat([places.new_zeros(1), places]) + 2 * torch.arange(n)
-    for i in range(3):
-        tokens[:, starts + i] = triples[:, :, i]
-    return with_targets(tokens, range(question + 2, length + 1, 3))
-
-
-def mean_over(options, probability):
-    return sum(map(probability, options)) / len(options)
-
-
-@dataclass
-class Tasks:
-    """What a model learns and how it is tested."""
-
-    trained: tuple  # a share of each batch each
-    tested: dict  # name -> the task as tested, and the accuracy of the best guess that knows part of the answer
-    part: str  # which part
-    shortest: int  # the shortest sequence with room for all of them
-
-
-# Without order: one of the letters that have not been given yet, or of the second letters of all pairs. A blind guess
-# has 1 / 32.
-EASY = Tasks((copy_task, binding_task), {
-    "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
-    "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
-    "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
-}, "without order", 2 + 4 * max(BOUND))
-# From one letter: one of the SIDE triples that share it, or of half of the crowd, which is hardly better than blind.
-HARD = Tasks((match_task,), {
-    "match": (lambda *args: match_task(*args, testing=True), 1 / SIDE),
-    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), 1 / LETTERS),
-}, "from one letter", 2 + 3 * (SIDE * SIDE + ASKED))
-ONLY_TESTED = ("decoy", "crowd")
 LEARNED = 0.95  # accuracy inside L below which a model has not learned the task
-EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
 
 
 def tasks_of(args):
     return HARD if args.hard else EASY
-
-
-def generator_for(*numbers):
-    """-> a random generator that depends on these numbers alone, hence the same for every encoding."""
-    seed = 0
-    for number in numbers:
-        seed = seed * 1_000_003 + number
-    return torch.Generator().manual_seed(seed)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -364,7 +232,7 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
 
 def mean_over_seeds_in_text(runs, checkpoints):
     """Runs and their checkpoints -> one for each group of runs that differ in their seed alone, as mean_over_seeds."""
-    settings = [{name: value for name, value in (checkpoint.get("args", {}) | checkpoint["config"]).items()
+    settings = [{name: value for name, value in (checkpoint["args"] | checkpoint["config"]).items()
                  if name not in groups.NO_SETTING} for checkpoint in checkpoints]
     members = {}
     for run, its in zip(runs, settings):

@@ -26,6 +26,7 @@ from experiments import (
     draw_idea,
     plot_log,
     recall,
+    tasks,
     theory,
 )
 from experiments.analyze_attention import attention_inputs, logits_of, measure, pair_logits, pair_swing, position_bins
@@ -335,48 +336,48 @@ def test_logits_by_distance_are_what_rotating_query_and_key_gives():
 
 @pytest.mark.parametrize("length", [26, 27, 63, 200])
 def test_copy_asks_for_the_sequence_that_follows_the_start(length):
-    tokens, targets = recall.copy_task(4, length, recall.generator_for(1))
+    tokens, targets = tasks.copy_task(4, length, tasks.generator_for(1))
     assert tokens.shape == targets.shape == (4, length)
     for row, target in zip(tokens.tolist(), targets.tolist()):
         asked = [i for i, t in enumerate(target) if t >= 0]
-        assert asked == list(range(length - len(asked), length)) and len(asked) in recall.COPIED
-        assert row[0] == recall.START and row[asked[0]] == recall.SEPARATOR
+        assert asked == list(range(length - len(asked), length)) and len(asked) in tasks.COPIED
+        assert row[0] == tasks.START and row[asked[0]] == tasks.SEPARATOR
         assert [target[i] for i in asked] == row[1:len(asked) + 1] and len(set(row[1:len(asked) + 1])) == len(asked)
-        assert row[len(asked) + 1:asked[0]] == [recall.FILLER] * (asked[0] - len(asked) - 1)
+        assert row[len(asked) + 1:asked[0]] == [tasks.FILLER] * (asked[0] - len(asked) - 1)
 
 
 @pytest.mark.parametrize("decoy", [False, True])
 @pytest.mark.parametrize("length", [26, 63, 200])
 def test_binding_asks_for_the_second_letter_of_a_pair_and_a_decoy_is_another_pair(length, decoy):
-    tokens, targets = recall.binding_task(8, length, recall.generator_for(2), n_asked=1, decoy=decoy)
+    tokens, targets = tasks.binding_task(8, length, tasks.generator_for(2), n_asked=1, decoy=decoy)
     for row, target in zip(tokens.tolist(), targets.tolist()):
-        assert [i for i, t in enumerate(target) if t >= 0] == [length - 1] and row[-2] == recall.SEPARATOR
-        first = row.index(recall.FILLER)
+        assert [i for i, t in enumerate(target) if t >= 0] == [length - 1] and row[-2] == tasks.SEPARATOR
+        first = row.index(tasks.FILLER)
         bound = dict(zip(row[1:first:2], row[2:first:2]))
-        assert len(bound) in recall.BOUND and bound[row[-1]] == target[-1]
-        assert (row[-3] != recall.FILLER) == decoy and (not decoy or row[-4] not in bound)
+        assert len(bound) in tasks.BOUND and bound[row[-1]] == target[-1]
+        assert (row[-3] != tasks.FILLER) == decoy and (not decoy or row[-4] not in bound)
 
 
 def test_in_training_all_bindings_are_asked_for():
-    tokens, targets = recall.binding_task(8, 40, recall.generator_for(3))
+    tokens, targets = tasks.binding_task(8, 40, tasks.generator_for(3))
     for row, target in zip(tokens.tolist(), targets.tolist()):
-        bound = dict(zip(row[1::2], row[2:row.index(recall.FILLER):2]))
+        bound = dict(zip(row[1::2], row[2:row.index(tasks.FILLER):2]))
         assert {row[i]: t for i, t in enumerate(target) if t >= 0} == bound
 
 
 def triples_of(row):
     """The triples before the separator: (first, second) -> third letter, and how many."""
-    letters = [token for token in row[1:row.index(recall.SEPARATOR)] if token != recall.FILLER]
+    letters = [token for token in row[1:row.index(tasks.SEPARATOR)] if token != tasks.FILLER]
     found = list(zip(letters[::3], letters[1::3], letters[2::3], strict=True))
     return {(a, b): c for a, b, c in found}, found
 
 
 @pytest.mark.parametrize("length", [38, 63, 200, 1023])
 def test_match_asks_for_the_first_of_nine_triples_and_four_others_share_a_letter_with_it(length):
-    tokens, targets = recall.match_task(8, length, recall.generator_for(2), testing=True)
+    tokens, targets = tasks.match_task(8, length, tasks.generator_for(2), testing=True)
     assert tokens.shape == targets.shape == (8, length)
     for row, target in zip(tokens.tolist(), targets.tolist()):
-        assert [i for i, t in enumerate(target) if t >= 0] == [length - 1] and row[-3] == recall.SEPARATOR
+        assert [i for i, t in enumerate(target) if t >= 0] == [length - 1] and row[-3] == tasks.SEPARATOR
         bound, triples = triples_of(row)
         assert len(bound) == len(triples) == 9 and tuple(row[1:3]) == tuple(row[-2:]) and bound[*row[-2:]] == target[-1]
         assert len({c for *_, c in triples}) == 9 and len({token for triple in triples for token in triple}) == 15
@@ -386,24 +387,24 @@ def test_match_asks_for_the_first_of_nine_triples_and_four_others_share_a_letter
 def test_in_training_match_asks_for_up_to_three_triples_of_grids_of_all_sizes():
     sizes, layouts = set(), set()
     for seed in range(60):
-        tokens, targets = recall.match_task(4, 38 + 2 * (seed % 14), recall.generator_for(seed))
+        tokens, targets = tasks.match_task(4, 38 + 2 * (seed % 14), tasks.generator_for(seed))
         for row, target in zip(tokens.tolist(), targets.tolist()):
             bound, triples = triples_of(row)
             asked = [i for i, t in enumerate(target) if t >= 0]
             assert all(bound[row[i - 1], row[i]] == target[i] for i in asked) and len(asked) == min(3, len(triples))
             assert len({row[i - 1:i + 1][0] * 99 + row[i] for i in asked}) == len(asked)  # all different
         sizes.add((len({a for a, *_ in triples}), len({b for _, b, _ in triples})))
-        layouts.add(tuple(token == recall.FILLER for token in row))
+        layouts.add(tuple(token == tasks.FILLER for token in row))
     assert sizes == {(i, j) for i in (1, 2, 3) for j in (1, 2, 3)} and len(layouts) > 50
 
 
 @pytest.mark.parametrize("length", [39, 63, 200, 1023])
 def test_a_crowd_has_no_filler_and_every_triple_but_the_first_matches_in_one_letter_of_two(length):
-    tokens, targets = recall.match_task(8, length, recall.generator_for(2), testing=True, crowd=True)
+    tokens, targets = tasks.match_task(8, length, tasks.generator_for(2), testing=True, crowd=True)
     for row, target in zip(tokens.tolist(), targets.tolist()):
         triples = triples_of(row)[1]
         asked = tuple(row[-2:])
-        assert triples[0] == (*asked, target[-1]) and row.count(recall.FILLER) <= 2
+        assert triples[0] == (*asked, target[-1]) and row.count(tasks.FILLER) <= 2
         assert len(triples) == (length - 4) // 3
         assert all((a == asked[0]) != (b == asked[1]) and c not in (*asked, target[-1]) for a, b, c in triples[1:])
 
@@ -417,10 +418,10 @@ class Answers(torch.nn.Module):
         self.transformer.wpe = model_file.NoPE(None)
 
     def forward(self, tokens, targets=None, cache=None):
-        return torch.nn.functional.one_hot(self.answer(tokens, targets), recall.VOCAB_SIZE).float(), None
+        return torch.nn.functional.one_hot(self.answer(tokens, targets), tasks.VOCAB_SIZE).float(), None
 
 
-TASKS = recall.EASY.tested | recall.HARD.tested
+TASKS = tasks.EASY.tested | tasks.HARD.tested
 
 
 def accuracies(answer, task, end=128):
@@ -457,14 +458,14 @@ def test_training_and_test_lengths_are_disjoint_and_sequences_depend_on_the_seed
         return lambda size, length, *rest: lengths.append(length) or task(size, length, *rest)
 
     for start, end in ((0, 64), (64, 128), (512, 1024)):
-        recall.test(Answers(lambda tokens, targets: tokens), noting(recall.copy_task), start, end, 5, 1,
+        recall.test(Answers(lambda tokens, targets: tokens), noting(tasks.copy_task), start, end, 5, 1,
                     torch.device("cpu"))
         assert all(length % 2 == 1 and start < length <= end for length in lengths[-5:])
-    monkeypatch.setattr(recall.EASY, "trained", (noting(recall.copy_task),))
+    monkeypatch.setattr(tasks.EASY, "trained", (noting(tasks.copy_task),))
     args = recall.make_parser().parse_args(["--max_iters", "5", "--n_embd", "16"])
-    recall.train(GPTConfig(vocab_size=recall.VOCAB_SIZE, n_embd=16, block_size=64), args, 1, torch.device("cpu"))
+    recall.train(GPTConfig(vocab_size=tasks.VOCAB_SIZE, n_embd=16, block_size=64), args, 1, torch.device("cpu"))
     assert all(length % 2 == 0 and length <= 64 for length in lengths[-5:])
-    one, same, other = (recall.copy_task(4, 40, recall.generator_for(*seed))[0] for seed in ((1, 2), (1, 2), (1, 3)))
+    one, same, other = (tasks.copy_task(4, 40, tasks.generator_for(*seed))[0] for seed in ((1, 2), (1, 2), (1, 3)))
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 

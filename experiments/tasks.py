@@ -1,0 +1,166 @@
+"""
+The tasks of experiments/recall.py: sequences of letters and filler (^ start, . filler, | separator). Letters are drawn
+anew for each sequence, from 32 and without repetition. The answers are underlined:
+
+    copy       ^ c a f b . . . . . . . . . | c a f b        repeat the letters
+                                             = = = =
+    binding    ^ c a f b e d . . . . . . . | f b            the second letter of one of the pairs c a, f b, e d
+                                               =
+    decoy      ^ c a f b e d . . . . . h g | f b            the same, with another pair in between
+
+Copy and binding are learned together; decoys occur only in tests. Training asks for all pairs, in random order, a test
+for one. There are 4 to 8 letters, or 3 to 6 pairs, at any length: only the distance to them grows.
+
+In a harder task (--hard) distractors match in part. A letter is looked up by two others, which both have to match:
+
+    match      ^ c a x . . d b y . c b z . . d a w . . | c a x
+                                                           =
+    crowd      ^ c a x f a u c g v h a t c e s k a r q | c a x
+
+Match has three first and three second letters in all nine combinations, each with a third letter of its own. A test
+asks for the triple that stands first: four others, which match in one of two letters, are nearer. In training there are
+one to three first and second letters, and up to three triples are asked for. In a crowd, which occurs only in tests,
+triples that match in one of two letters replace the filler, so that their number grows with the length.
+
+Shapes: B sequences of T tokens.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+LETTERS = 32
+FILLER, SEPARATOR, START = range(LETTERS, LETTERS + 3)
+VOCAB_SIZE = START + 1
+COPIED, BOUND = range(4, 9), range(3, 7)  # how many letters are copied, how many pairs there are
+SIDE, ASKED = 3, 3  # match: up to SIDE first and second letters; ASKED triples are asked for in training
+
+
+def generator_for(*numbers):
+    """-> a random generator that depends on these numbers alone, hence the same for every encoding."""
+    seed = 0
+    for number in numbers:
+        seed = seed * 1_000_003 + number
+    return torch.Generator().manual_seed(seed)
+
+
+def choose(options, generator):
+    return options[torch.randint(len(options), (), generator=generator)]
+
+
+def distinct(size, count, generator):
+    """-> `count` different letters in random order, for each of `size` sequences (B, count)."""
+    return torch.rand(size, LETTERS, generator=generator).argsort(dim=1)[:, :count]
+
+
+def pick(rows, index):
+    """rows (B, n, ...), index (B, m) -> the chosen ones of each row (B, m, ...)."""
+    return rows[torch.arange(len(rows))[:, None], index]
+
+
+def with_targets(tokens, answers):
+    """Tokens (B, length + 1) and the positions of the answers -> inputs and targets (B, length) each."""
+    targets = torch.full_like(tokens, -1)
+    targets[:, answers] = tokens[:, answers]
+    return tokens[:, :-1], targets[:, 1:]
+
+
+def copy_task(size, length, generator):
+    """-> tokens and targets; the answers are the last 4 to 8 tokens."""
+    count = choose(COPIED, generator)
+    letters = distinct(size, count, generator)
+    tokens = torch.full((size, length + 1), FILLER)
+    tokens[:, 0], tokens[:, length - count] = START, SEPARATOR
+    tokens[:, 1:count + 1] = tokens[:, length - count + 1:] = letters
+    return with_targets(tokens, range(length - count + 1, length + 1))
+
+
+def binding_task(size, length, generator, n_asked=None, decoy=False):
+    """-> tokens and targets; n_asked of the pairs (None: all) are asked for at the end, in random order."""
+    count = choose(BOUND, generator)
+    pairs = distinct(size, 2 * count + 2, generator).view(size, count + 1, 2)  # one more, for the decoy
+    order = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :n_asked]
+    asked = pick(pairs, order).flatten(1)  # (B, 2 n_asked)
+    tokens = torch.full((size, length + 1), FILLER)
+    first = length + 1 - asked.size(1)  # position of the first question
+    tokens[:, 0], tokens[:, first - 1] = START, SEPARATOR
+    tokens[:, 1:2 * count + 1] = pairs[:, :count].flatten(1)
+    tokens[:, first:] = asked
+    if decoy:
+        tokens[:, first - 3:first - 1] = pairs[:, count]
+    return with_targets(tokens, range(first + 1, length + 1, 2))
+
+
+def grid(size, n_first, n_second, generator):
+    """-> a triple for each first and second letter, in random order (B, n, 3), and the letters left over (B, m)."""
+    n, letters = n_first * n_second, distinct(size, LETTERS, generator)
+    first, second, third, others = letters.split([n_first, n_second, n, LETTERS - n_first - n_second - n], dim=1)
+    triples = torch.stack([first.repeat_interleave(n_second, 1), second.repeat(1, n_first), third], dim=2)
+    return pick(triples, torch.rand(size, n, generator=generator).argsort(dim=1)), others
+
+
+def scattered(n, room, generator):
+    """-> where n triples start in `room` tokens (n,): the first at 0, the others at random places."""
+    places = torch.randperm(room - 2 * n - 1, generator=generator)[:n - 1].sort().values + 1  # as if one token long
+    return torch.cat([places.new_zeros(1), places]) + 2 * torch.arange(n)
+
+
+def half_matches(asked, others, count, generator):
+    """asked (B, 3), letters (B, m) -> triples that share its first letter or its second, in turns (B, count, 3)."""
+    triples = pick(others, torch.randint(others.size(1), (len(asked), 3 * count), generator=generator))
+    triples = triples.unflatten(1, (count, 3))
+    triples[:, ::2, 0], triples[:, 1::2, 1] = asked[:, :1], asked[:, 1:2]
+    return triples
+
+
+def match_task(size, length, generator, testing=False, crowd=False):
+    """-> tokens and targets; up to ASKED triples are asked for at the end, in tests the one that stands first."""
+    n_first, n_second = (SIDE, SIDE) if testing else torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
+    triples, others = grid(size, n_first, n_second, generator)
+    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)[:, :ASKED]
+    asked = triples[:, :1] if testing else pick(triples, order)  # (B, n_asked, 3)
+    question = length + 1 - 3 * asked.size(1)  # position of the first one
+    if crowd:
+        count = (question - 5) // 3
+        triples = torch.cat([asked, half_matches(asked[:, 0], others, count, generator)], dim=1)
+        starts = torch.tensor([1, *range(question - 1 - 3 * count, question - 1, 3)])
+    else:
+        starts = 1 + scattered(triples.size(1), question - 2, generator)
+    tokens = torch.full((size, length + 1), FILLER)
+    tokens[:, 0], tokens[:, question - 1] = START, SEPARATOR
+    tokens[:, question:] = asked.flatten(1)
+    for i in range(3):
+        tokens[:, starts + i] = triples[:, :, i]
+    return with_targets(tokens, range(question + 2, length + 1, 3))
+
+
+def mean_over(options, probability):
+    return sum(map(probability, options)) / len(options)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a model learns and how it is tested
+
+
+@dataclass
+class Tasks:
+    trained: tuple  # together, each with an equal share of the batch
+    tested: dict  # name -> the task as tested, and the accuracy of the best guess of a model that knows only a part
+    part: str  # which part
+    shortest: int  # the shortest sequence with room for all of them
+
+
+# Without order: one of the letters that have not been given yet, or of the second letters of all pairs. A blind guess
+# has 1 / 32.
+EASY = Tasks((copy_task, binding_task), {
+    "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
+    "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
+    "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
+}, "without order", 2 + 4 * max(BOUND))
+# From one letter: one of the SIDE triples that share it, or of half of the crowd, which is hardly better than blind.
+HARD = Tasks((match_task,), {
+    "match": (lambda *args: match_task(*args, testing=True), 1 / SIDE),
+    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), 1 / LETTERS),
+}, "from one letter", 2 + 3 * (SIDE * SIDE + ASKED))
+ONLY_TESTED = ("decoy", "crowd")
+EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
