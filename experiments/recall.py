@@ -154,7 +154,7 @@ def train_and_test_all(args, device):
     shortest = tasks_of(args).shortest
     if args.block_size < 1.5 * shortest:
         raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {2 * shortest} or more")
-    common = {name: getattr(args, name) for name in NETWORK}
+    common = {name: getattr(args, name) for name in (*NETWORK, "attn_scaling")}
     networks = [GPTConfig(vocab_size=VOCAB_SIZE, **{**common, **fields_of(pe)}) for pe in args.pe]
     settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
     jobs = {json.dumps([asdict(config), seed, settings]): (config, seed) for config in networks for seed in args.seed}
@@ -385,6 +385,7 @@ def make_parser():
     parser.add_argument("runs", nargs="*", metavar="OUT_DIR", help="runs' folders or checkpoints of language models")
     parser.add_argument("--max_factor", type=parsed(int, at_least=2), default=16,
                         help="longest context in multiples of block_size")
+    flags.add_flags(parser, GPTConfig, "attn_scaling")
 
     group = parser.add_argument_group("tasks (without OUT_DIR)")
     group.add_argument("--pe", nargs="+", default=list(PE), metavar="PE", help="networks to train: encodings, "
@@ -405,7 +406,6 @@ def make_parser():
     group = parser.add_argument_group("language models (with OUT_DIR)")
     add_text_flags(group)
     group.add_argument("--windows", type=parsed(int, at_least=2), default=32, help="passages to average over")
-    flags.add_flags(group, GPTConfig, "attn_scaling")
     report.add_output_flags(parser, "accuracy by length")
     flags.add_flags(parser, DeviceConfig)
     return parser

@@ -512,17 +512,23 @@ def test_recall_of_several_seeds_is_averaged_and_a_killed_command_keeps_what_it_
 
 
 def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypatch):
-    """--local_pe and --window have no effect here, since the arrangement sets them; every other flag has one."""
-    def loss(*flags):
+    """--local_pe and --window have no effect here, since the arrangement sets them, and --attn_scaling none inside L;
+    every other flag has one."""
+    def run(*flags):
         args = recall.make_parser().parse_args([*RECALL, "--max_iters", "3", "--pe", "hope:SL:4", *flags])
-        return recall.train_and_test_all(args, torch.device("cpu"))[0]["loss"]
+        return recall.train_and_test_all(args, torch.device("cpu"))[0]
 
     monkeypatch.setattr(recall, "test", lambda *args: {"accuracy": 0.0})
-    plain = loss()
-    assert loss() == plain
+    plain = run()["loss"]
+    assert run()["loss"] == plain
+    assert run("--hard")["tasks"].keys() == {"match", "crowd"}
+    idle = ("--local_pe", "--window", "--attn_scaling")
     for flag in (("--local_pe", "rope"), ("--window", "2"), ("--rope_base", "100"), ("--local_rope_base", "100"),
-                 ("--hope_cutoff", "11"), ("--seed", "2"), ("--optimizer", "adamw"), ("--muon_learning_rate", "0.1")):
-        assert (loss(*flag) == plain) == (flag[0] in ("--local_pe", "--window")), flag
+                 ("--hope_cutoff", "11"), ("--seed", "2"), ("--optimizer", "adamw"), ("--muon_learning_rate", "0.1"),
+                 ("--attn_scaling", "logn"), ("--hard",)):
+        changed = run(*flag)
+        assert (changed["loss"] == plain) == (flag[0] in idle), flag
+        assert (changed["config"]["attn_scaling"] == "logn") == (flag[0] == "--attn_scaling")
 
 
 @pytest.mark.parametrize("layers", LAYERS, ids=lambda layers: "-".join(map(str, layers.values())))
