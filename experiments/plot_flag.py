@@ -4,17 +4,19 @@ What a flag does: perplexity against its value, from the JSON of a sweep.
     python -m experiments.sweep @config/cpu_demo --pe hope --hope_cutoff 0.5 1 2 4 8 --out_dir out/cutoff
     python -m experiments.plot_flag hope_cutoff out/cutoff/sweep.json --plot cutoff.png
 
-One panel per range of positions, one line per arrangement of layers, ± standard deviation over seeds; an arrangement on
-which the flag has no effect is a horizontal line. --prope_fraction has HoPE's K marked, --rope_base the smallest base
-for L of arXiv 2405.14591.
+One panel per range of positions, one line per combination of the other flags, with the standard deviation over seeds. A
+line on which the flag has no effect is horizontal. For --prope_fraction the fraction that HoPE rotates (K pairs) is
+marked, for --rope_base the smallest base for L of arXiv 2405.14591.
 """
 import json
 from pathlib import Path
 
 from common import flags, report
-from common.groups import IN_THE_NAME, group_names, network_of, without_effect
+from common.groups import group_names, network_of, without_effect
 from experiments.theory import smallest_base
-from model import HoPE
+from model import GPTConfig, HoPE
+
+FOLLOWS = {"learning_rate": "min_lr", "max_iters": "lr_decay_iters"}  # flag -> another that changes with it
 
 
 def read_groups(paths):
@@ -23,8 +25,9 @@ def read_groups(paths):
     for path in paths:
         try:
             groups = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
+            assert groups
             found |= {json.dumps(group["args"], sort_keys=True): group for group in groups} | found
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise ValueError(f"{path} was not written by experiments.sweep") from error
     return list(found.values())
 
@@ -34,21 +37,22 @@ def lines_of(groups, flag):
 
     Raises ValueError if the groups cannot be drawn against the flag, or not in one picture.
     """
-    if not all(isinstance(group["args"].get(flag), (int, float)) for group in groups):
+    active = [flag not in without_effect(group["args"]) for group in groups]
+    values = [group["args"].get(flag) for group in groups]
+    if not all(type(value) in (int, float) for value, counts in zip(values, active) if counts) or not any(active):
         raise ValueError(f"--{flag} is not a flag with a number for a value in these sweeps")
     if len({tuple(bucket["end"] for bucket in group["buckets"]) for group in groups}) > 1:
         raise ValueError("the sweeps have different --block_size or --max_factor: draw a picture of each")
     lines = {}
-    for group in groups:
-        idle = flag in without_effect(group["args"])
-        rest = {name: value for name, value in group["args"].items() if name != flag}
-        lines.setdefault(json.dumps([rest, idle], sort_keys=True), []).append(
-            {**group, "value": None if idle else group["args"][flag]})
+    for group, value, counts in zip(groups, values, active):
+        rest = {name: value for name, value in group["args"].items() if name not in (flag, FOLLOWS.get(flag))}
+        lines.setdefault(json.dumps([rest, counts], sort_keys=True), []).append(
+            {**group, "args": rest, "value": value if counts else None})
     if max(map(len, lines.values())) < 2:
-        raise ValueError(f"--{flag} has one value only in these sweeps: give the sweep several")
-    names = group_names([{**line[0]["args"], flag: groups[0]["args"][flag]} for line in lines.values()])
-    if flag in IN_THE_NAME:  # the window
-        names = [name.replace(f":{groups[0]['args'][flag]}", "") for name in names]
+        raise ValueError(f"no two groups of these sweeps differ in --{flag} alone: give the sweep several values of it")
+    names = group_names([line[0]["args"] for line in lines.values()])
+    if flag == "window":  # the default stands in the names
+        names = [name.replace(f":{GPTConfig.window}", "") for name in names]
     return [(name, sorted(line, key=lambda group: group["value"] or 0)) for name, line in zip(names, lines.values())]
 
 
@@ -56,7 +60,7 @@ def mark(flag, config):
     """A value of the flag that follows from L, for a GPTConfig -> (text, value), or None."""
     n_pairs = config.n_embd // config.n_head // 2
     if flag == "prope_fraction":
-        return "HoPE's K", len(HoPE(config).theta) / n_pairs
+        return "HoPE rotates", len(HoPE(config).theta) / n_pairs
     if flag == "rope_base":
         return f"smallest base for {config.block_size:,} tokens", round(smallest_base(config.block_size, n_pairs))
     return None

@@ -15,8 +15,8 @@ was if it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
 passage again. How much better is it predicted than the same passage at the same position, read for the first time?
-A needle is such a passage with its tokens shuffled, so that no knowledge of the language helps. Its first half is the
-key, and predictions of its second half count.
+A needle is such a passage with its tokens shuffled, so that apart from the tokens' frequencies only the first reading
+helps. Its first half tells which needle it is, and predictions of its second half are scored.
 
 Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
@@ -44,6 +44,7 @@ from experiments.tasks import (
     HARD,
     LETTERS,
     ONLY_TESTED,
+    SEPARATOR,
     VOCAB_SIZE,
     choose,
     generator_for,
@@ -70,7 +71,7 @@ def optimizer_config(args):
 
 
 def train(config, args, seed, device):
-    """-> a model trained on its tasks, and the loss of its last step in nats per answer."""
+    """-> a model trained on the tasks, and the loss of its last step in nats per answer."""
     torch.manual_seed(seed)
     model, schedule, tasks = GPT(config).to(device).train(), optimizer_config(args), tasks_of(args)
     optimizer = make_optimizer(model, schedule, device)
@@ -97,14 +98,14 @@ def most_likely(model, tokens, targets, chunk=1024):
 
 
 @torch.no_grad()
-def test(model, task, start, end, n_batches, seed, device, shortest=EASY.shortest):
+def test(model, task, start, end, n_batches, seed, device, shortest):
     """Accuracy at odd lengths in (start, end], from `shortest` on -> {"accuracy", "exact", "decoy" and their standard
     errors}, or None if the encoding is undefined there.
 
     exact: share of sequences without a mistake. decoy: share of answers that are the last letter before the separator.
     The standard errors are over batches, since the sequences of a batch have the same length.
     """
-    lengths = range(max(start, shortest) | 1, end + 1, 2)
+    lengths = range(max(start + 1, shortest) | 1, end + 1, 2)
     if model.transformer.wpe.max_length is not None and end > model.transformer.wpe.max_length:
         return None
     rows = []
@@ -114,8 +115,8 @@ def test(model, task, start, end, n_batches, seed, device, shortest=EASY.shortes
         answer = most_likely(model, tokens, targets)  # (B, T)
         asked = targets >= 0
         right = (answer == targets) & asked
-        # the last token before the separator: a letter if there is a decoy, else filler, which is never an answer
-        recent = tokens.gather(1, asked.int().argmax(1, keepdim=True) - 2)  # (B, 1)
+        # the last token before the separator: a letter in a crowd or if there is a decoy, else mostly filler
+        recent = tokens.gather(1, (tokens == SEPARATOR).int().argmax(1, keepdim=True) - 1)  # (B, 1)
         rows.append([right.sum() / asked.sum(), (right == asked).all(1).float().mean(),
                      ((answer == recent) & asked).sum() / asked.sum()])
     bucket = {"start": start, "end": end}
@@ -237,7 +238,8 @@ def mean_over_seeds_in_text(runs, checkpoints):
     members = {}
     for run, its in zip(runs, settings):
         members.setdefault(groups.group_key(its), []).append((run, its))
-    if len(members) == len(runs):
+    if len(members) == len(runs) or any(len({its["seed"] for _, its in group}) < len(group)
+                                        for group in members.values()):  # checkpoints of one run are no seeds
         return runs
     names = groups.group_names([group[0][1] for group in members.values()])
     return [{**group[0][0], "name": name, "seeds": [its["seed"] for _, its in group],
@@ -251,6 +253,8 @@ def test_language_models(args, place):
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)
     passage = L // 4
+    if passage < 2:
+        raise ValueError(f"block_size {L} is too short: a passage is a quarter of it and needs 2 tokens or more")
     distances = [passage, 2 * passage, 3 * passage, *bucket_edges(L, args.max_factor)[1:-1]]
     windows = document_windows(ids, tokenizer.end_of_document, distances[-1] + passage, args.windows).to(place.device)
     if len(windows) < 2:
@@ -293,18 +297,17 @@ def print_tasks(runs, means, edges, suite):
         unlearned = {name: task not in ONLY_TESTED and run["tasks"][task][0]["accuracy"] < LEARNED
                      for name, run in each.items()}
         rows = {name + " *" * unlearned[name]: cells(run["tasks"][task], "accuracy") for name, run in each.items()}
-        report.print_table(f"{task}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}, "
-                           f"best guess {suite.part} {chance:.3f}", columns, rows)
+        report.print_table(f"{task}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}"
+                           + (f", best guess {suite.guess} {chance:.3f}" if chance else ""), columns, rows)
     for task, key, title in (
-            ("copy", "exact", f"sequences without a mistake; best guess without order {EXACT_CHANCE:.3f}"),
+            ("copy", "exact", f"sequences without a mistake; best guess {suite.guess} {EXACT_CHANCE:.3f}"),
             ("decoy", "decoy", "answers that are the decoy's"),
             ("crowd", "decoy", "answers that are the nearest triple's")):
         if task in suite.tested:
             rows = {run["name"]: cells(run["tasks"][task], key) for run in means}
             report.print_table(f"{task}: share of {title}", columns, rows)
     print(f"*: below {LEARNED} inside L: not learned in these steps, so that the accuracy beyond L says little")
-    if several:
-        print("± of a run: over batches of test sequences; ± of a mean: over seeds")
+    print("± of a run: over batches of test sequences" + "; ± of a mean: over seeds" * several)
     if any(None in row for run in runs for row in run["tasks"].values()):
         print("-: the encoding is undefined at these lengths")
 
@@ -322,7 +325,7 @@ def print_text(runs, distances, chance):
                        ("unseen_accuracy", "needles: the same, read for the first time"),
                        ("gain", "needles: loss in nats per token saved by the first reading")):
         report.print_table(title, columns, {run["name"]: cells(run["needles"], key) for run in runs})
-    print("±: standard error over seeds, or over passages for a single run")
+    print("±: standard error over seeds; for a run with one seed, over passages")
     if any(None in run["distances"] for run in runs):
         print("-: the encoding is undefined at these distances")
 
@@ -343,12 +346,12 @@ def plot_lines(panel, runs, rows, x, y, guesses, L):
 
 
 def plot_tasks(runs, suite, path):
-    panels = [(f"{name}: accuracy", name, "accuracy", (1 / LETTERS, chance)) for name, (_, chance) in
-              suite.tested.items()]
+    panels = [(f"{name}: accuracy", name, "accuracy", [1 / LETTERS] + [chance] * bool(chance))
+              for name, (_, chance) in suite.tested.items()]
     if "decoy" in suite.tested:
         panels.append(("decoy: answers that are the decoy's", "decoy", "decoy", ()))
-    rows = len(panels) // 2
-    figure, axes = report.import_pyplot().subplots(rows, 2, figsize=(9.5, 0.8 + 3.9 * rows), layout="constrained",
+    n_rows = len(panels) // 2
+    figure, axes = report.import_pyplot().subplots(n_rows, 2, figsize=(9.5, 0.8 + 3.9 * n_rows), layout="constrained",
                                                    squeeze=False)
     for panel, (title, name, key, guesses) in zip(axes.flat, panels):
         rows = [run["tasks"][name] for run in runs]
@@ -425,7 +428,7 @@ def main(argv=None):
         print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor), suite)
         guesses = {name: chance for name, (_, chance) in suite.tested.items()}
         result = {"flags": {**vars(args), **asdict(optimizer_config(args))}, "chance_blind": 1 / LETTERS,
-                  "chance_" + suite.part.replace(" ", "_"): guesses,
+                  "chance_in_part": guesses,
                   "chance_exact_without_order": EXACT_CHANCE if "copy" in suite.tested else None,
                   "runs": runs, "means": means}
     if args.json:

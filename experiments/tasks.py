@@ -1,6 +1,6 @@
 """
-The tasks of experiments/recall.py: sequences of letters and filler (^ start, . filler, | separator). Letters are drawn
-anew for each sequence, from 32 and without repetition. The answers are underlined:
+The tasks of experiments/recall.py: sequences of letters, drawn anew each time, and filler (^ start, . filler,
+| separator). The answers are underlined:
 
     copy       ^ c a f b . . . . . . . . . | c a f b        repeat the letters
                                              = = = =
@@ -8,19 +8,22 @@ anew for each sequence, from 32 and without repetition. The answers are underlin
                                                =
     decoy      ^ c a f b e d . . . . . h g | f b            the same, with another pair in between
 
-Copy and binding are learned together; decoys occur only in tests. Training asks for all pairs, in random order, a test
-for one. There are 4 to 8 letters, or 3 to 6 pairs, at any length: only the distance to them grows.
+All letters of a sequence differ. Copy and binding are learned together; decoys occur only in tests. Training asks for
+all pairs, in random order, a test for one. There are 4 to 8 letters, or 3 to 6 pairs, at any length: only the distance
+to them grows.
 
 In a harder task (--hard) distractors match in part. A letter is looked up by two others, which both have to match:
 
-    match      ^ c a x . . d b y . c b z . . d a w . . | c a x
-                                                           =
-    crowd      ^ c a x f a u c g v h a t c e s k a r q | c a x
+    match      ^ . c b z . . c a x . . d b y . d a w . | c a x
+                                                             =
+    crowd      ^ . c g v h a u c a x f a e c s k c r t | c a x
+                                                             =
 
-Match has three first and three second letters in all nine combinations, each with a third letter of its own. A test
-asks for the triple that stands first: four others, which match in one of two letters, are nearer. In training there are
-one to three first and second letters, and up to three triples are asked for. In a crowd, which occurs only in tests,
-triples that match in one of two letters replace the filler, so that their number grows with the length.
+Match has three first and three second letters (two in the picture) in all combinations, each with a third letter of its
+own: two others share the first letter of the question and two the second. In training there are one to three first and
+second letters. A test asks for one triple, which stands anywhere, training for up to three. In a crowd, which occurs
+only in tests, the whole sequence is filled with triples that share one of the two letters of the question, so that
+their number grows with the length.
 
 Shapes: B sequences of T tokens.
 """
@@ -40,7 +43,7 @@ def generator_for(*numbers):
     """-> a random generator that depends on these numbers alone, hence the same for every encoding."""
     seed = 0
     for number in numbers:
-        seed = seed * 1_000_003 + number
+        seed = (seed * 1_000_003 + number) % 2**63
     return torch.Generator().manual_seed(seed)
 
 
@@ -100,9 +103,9 @@ def grid(size, n_first, n_second, generator):
 
 
 def scattered(n, room, generator):
-    """-> where n triples start in `room` tokens (n,): the first at 0, the others at random places."""
-    places = torch.randperm(room - 2 * n - 1, generator=generator)[:n - 1].sort().values + 1  # as if one token long
-    return torch.cat([places.new_zeros(1), places]) + 2 * torch.arange(n)
+    """-> where n triples start if they stand at random places in `room` tokens (n,)."""
+    places = torch.randperm(room - 2 * n, generator=generator)[:n].sort().values  # as if each were one token long
+    return places + 2 * torch.arange(n)
 
 
 def half_matches(asked, others, count, generator):
@@ -114,16 +117,17 @@ def half_matches(asked, others, count, generator):
 
 
 def match_task(size, length, generator, testing=False, crowd=False):
-    """-> tokens and targets; up to ASKED triples are asked for at the end, in tests the one that stands first."""
+    """-> tokens and targets; up to ASKED triples, in tests one, are asked for at the end, in random order."""
     n_first, n_second = (SIDE, SIDE) if testing else torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
     triples, others = grid(size, n_first, n_second, generator)
-    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)[:, :ASKED]
-    asked = triples[:, :1] if testing else pick(triples, order)  # (B, n_asked, 3)
+    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)[:, :1 if testing else ASKED]
+    asked = pick(triples, order)  # (B, n_asked, 3)
     question = length + 1 - 3 * asked.size(1)  # position of the first one
     if crowd:
-        count = (question - 5) // 3
-        triples = torch.cat([asked, half_matches(asked[:, 0], others, count, generator)], dim=1)
-        starts = torch.tensor([1, *range(question - 1 - 3 * count, question - 1, 3)])
+        count = (question - 2) // 3  # all that there is room for
+        triples = torch.cat([asked, half_matches(asked[:, 0], others, count - 1, generator)], dim=1)
+        triples = triples[:, torch.randperm(count, generator=generator)]
+        starts = torch.arange(question - 1 - 3 * count, question - 1, 3)
     else:
         starts = 1 + scattered(triples.size(1), question - 2, generator)
     tokens = torch.full((size, length + 1), FILLER)
@@ -145,22 +149,22 @@ def mean_over(options, probability):
 @dataclass
 class Tasks:
     trained: tuple  # together, each with an equal share of the batch
-    tested: dict  # name -> the task as tested, and the accuracy of the best guess of a model that knows only a part
-    part: str  # which part
-    shortest: int  # the shortest sequence with room for all of them
+    tested: dict  # name -> the task as tested, and the accuracy of the best guess; None if it depends on the length
+    guess: str  # what the best guess knows, for titles
+    shortest: int  # an even length with room for all of them
 
 
-# Without order: one of the letters that have not been given yet, or of the second letters of all pairs. A blind guess
-# has 1 / 32.
+# The best guess knows which letters can be the answer, but not which one is: for copy those not given yet, for look-ups
+# the second letters of all pairs. A blind guess has 1 / 32.
 EASY = Tasks((copy_task, binding_task), {
     "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
     "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
     "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
-}, "without order", 2 + 4 * max(BOUND))
-# From one letter: one of the SIDE triples that share it, or of half of the crowd, which is hardly better than blind.
+}, "that knows the letters, but not their order", 2 + 4 * max(BOUND))
+# SIDE triples share a letter with the question. In a crowd these are half of all.
 HARD = Tasks((match_task,), {
     "match": (lambda *args: match_task(*args, testing=True), 1 / SIDE),
-    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), 1 / LETTERS),
-}, "from one letter", 2 + 3 * (SIDE * SIDE + ASKED))
+    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), None),
+}, "that matches one letter of two", 2 + 3 * (SIDE * SIDE + ASKED))
 ONLY_TESTED = ("decoy", "crowd")
 EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
