@@ -72,7 +72,7 @@ def draw(lines, flag, path):
     figure, panels = report.import_pyplot().subplots(1, len(buckets), figsize=(1 + 2.4 * len(buckets), 4.2),
                                                      layout="constrained", squeeze=False, sharey=True)
     styles = report.styles([line[0] for _, line in lines])
-    marked = mark(flag, network_of(groups[0]["args"]))
+    marks = {mark(flag, network_of(group["args"])) for group in groups}
     for i, panel in enumerate(panels[0]):
         for (name, line), style in zip(lines, styles):
             known = [(group["value"], group["buckets"][i]["ppl"], group["buckets"][i]["ppl_std"] or 0)
@@ -82,8 +82,8 @@ def draw(lines, flag, path):
             elif known:
                 panel.errorbar(*zip(*[(x, ppl) for x, ppl, _ in known]), [std for *_, std in known], label=name,
                                capsize=2, markersize=5, **style)
-        if marked:
-            panel.axvline(marked[1], color="gray", linestyle=":", label=f"{marked[0]}: {marked[1]:,g}")
+        for text, value in marks - {None}:
+            panel.axvline(value, color="gray", linestyle=":", label=f"{text}: {value:,g}")
         if values[0] > 0 and values[-1] > 8 * values[0]:
             panel.set_xscale("log", base=2 if values[-1] < 1000 else 10)
         panel.set_xticks(values, [f"{value:g}" for value in values], fontsize="x-small")

@@ -358,11 +358,15 @@ def test_binding_asks_for_the_second_letter_of_a_pair_and_a_decoy_is_another_pai
         assert (row[-3] != tasks.FILLER) == decoy and (not decoy or row[-4] not in bound)
 
 
-def test_in_training_all_bindings_are_asked_for():
+def test_in_training_all_bindings_are_asked_for_in_random_order():
     tokens, targets = tasks.binding_task(8, 40, tasks.generator_for(3))
+    orders = set()
     for row, target in zip(tokens.tolist(), targets.tolist()):
         bound = dict(zip(row[1::2], row[2:row.index(tasks.FILLER):2]))
-        assert {row[i]: t for i, t in enumerate(target) if t >= 0} == bound
+        asked = {row[i]: t for i, t in enumerate(target) if t >= 0}
+        assert asked == bound
+        orders.add(tuple(list(bound).index(letter) for letter in asked))
+    assert len(orders) > 4
 
 
 def triples_of(row):
@@ -513,6 +517,24 @@ def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_beyo
 RECALL = ["--max_iters", "1", "--n_embd", "16", "--max_factor", "2", "--batches", "1", "--device", "cpu"]
 
 
+def test_a_few_steps_of_the_hard_tasks_write_tables_json_and_picture(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = [*RECALL, "--pe", "hope", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
+    recall.main(["--hard", *arguments])
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["runs"][0]["tasks"].keys() == {"match", "crowd"} and result["flags"]["hard"]
+    assert result["chance_in_part"] == {"match": 0.3333, "crowd": None} and result["chance_exact_without_order"] is None
+    output = capsys.readouterr().out
+    for words in ("match: accuracy", "crowd: accuracy", "matches one letter of two 0.333", "nearest triple's"):
+        assert words in output
+    assert (tmp_path / "r.png").stat().st_size > 1000
+
+
+def test_the_generator_takes_any_seed_that_the_flag_takes():
+    numbers = {tasks.generator_for(2**32, 1024, i).initial_seed() for i in range(15)}
+    assert len(numbers) == 15
+
+
 def test_recall_of_several_seeds_is_averaged_and_a_killed_command_keeps_what_it_has(tmp_path, monkeypatch, capsys):
     arguments = [*RECALL, "--pe", "hope", "nope+rope:SL:4", "--seed", "1", "2", "--json", str(tmp_path / "r.json")]
     trained, train_and_test = [], recall.train_and_test
@@ -613,14 +635,33 @@ def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
     assert recall.copy_in_text(model, windows, needles, 24, scored_from=3)["second_accuracy"] == pytest.approx(0.8)
 
 
-def test_in_context_copying_by_checkpoints_writes_json(finished_run, tmp_path, capsys):
+def test_in_context_copying_by_checkpoints_writes_json_and_picture(finished_run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
     recall.main([finished_run, "--max_factor", "4", "--windows", "3", "--device", "cpu",
-                 "--json", str(tmp_path / "t.json")])
+                 "--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")])
     result = json.loads((tmp_path / "t.json").read_text())
     for what in ("distances", "needles"):
         assert [bucket["distance"] for bucket in result["runs"][0][what]] == [4, 8, 12, 16, 32]
-    assert result["runs"][0]["needles"][0]["unseen_loss"] != result["runs"][0]["distances"][0]["unseen_loss"]
-    assert "most frequent token" in capsys.readouterr().out and len(result["dataset_sha256"]) == 64
+    output = capsys.readouterr().out
+    assert "most frequent token" in output and len(result["dataset_sha256"]) == 64
+    gain = output.split("needles: loss")[1].splitlines()[2].split()
+    assert float(gain[1]) == pytest.approx(result["runs"][0]["needles"][0]["gain"], abs=1e-3)
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_needles_are_shuffled_passages_scored_from_their_middle(finished_run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(recall, "copy_in_text", lambda model, windows, passages, distance, scored_from=1:
+                        calls.append((windows, passages, distance, scored_from)))
+    args = recall.make_parser().parse_args([finished_run, "--max_factor", "2", "--windows", "9", "--device", "cpu"])
+    recall.test_language_models(args, Place(args))
+    passages, needles = calls[:len(calls) // 2], calls[len(calls) // 2:]
+    assert [call[2:] for call in passages] == [(distance, 1) for distance in (4, 8, 12, 16)]
+    assert [call[2:] for call in needles] == [(distance, 2) for distance in (4, 8, 12, 16)]
+    for (windows, passage, *_), (_, needle, *_) in zip(passages, needles):
+        assert torch.equal(passage, windows[:, :4]) and not torch.equal(needle, passage)
+        assert torch.equal(needle.sort().values, passage.sort().values)
+        assert torch.equal(needle, needles[0][1])  # the same at every distance
 
 
 def test_in_context_copying_is_averaged_over_seeds_and_over_nothing_else():

@@ -326,8 +326,8 @@ def test_what_eval_extrapolation_wrote_is_averaged_and_drawn(finished_run, tmp_p
 
 def groups_file(path, *runs):
     """(fields of GPTConfig, losses) of each run -> a file as sweep --json writes it."""
-    groups = group_by_seed([scored(changes["pe"], 1, nlls, block_size=128, config=vars(GPTConfig(**changes)))
-                            for changes, nlls in runs])
+    groups = group_by_seed([scored(changes["pe"], seed, [nll + 0.1 * seed - 0.15 for nll in nlls], block_size=128,
+                                   config=vars(GPTConfig(**changes))) for changes, nlls in runs for seed in (1, 2)])
     path.write_text(json.dumps({"groups": groups}))
     return str(path)
 
@@ -354,11 +354,28 @@ def test_a_line_over_windows_does_not_have_one_in_its_name(tmp_path):
         ("nope+rope:SL", [8, 16]), ("rope:SL", [8, 16])]
 
 
-def test_K_and_the_smallest_base_are_marked():
+def test_what_follows_from_a_flag_does_not_tell_lines_apart(tmp_path):
+    file = Path(groups_file(tmp_path / "a.json", ({"pe": "hope"}, (2.0, 3.0)), ({"pe": "rope"}, (2.0, 3.0))))
+    groups = [{**group, "args": {**group["args"], "learning_rate": rate, "min_lr": rate / 10}}
+              for rate in (0.2, 0.1) for group in json.loads(file.read_text())["groups"]]
+    lines = plot_flag.lines_of(groups, "learning_rate")
+    assert [(name, [group["value"] for group in line]) for name, line in lines] == [
+        ("hope", [0.1, 0.2]), ("rope", [0.1, 0.2])]
+
+
+def test_a_flag_without_a_value_where_it_has_no_effect_is_drawn(tmp_path):
+    layers = {"pe": "rope", "window_pattern": "SL", "window": 4}
+    file = groups_file(tmp_path / "a.json", ({"pe": "rope"}, (2.0, 3.0)),
+                       *[({**layers, "local_rope_base": base}, (2.0, 3.0)) for base in (100.0, 1000.0)])
+    lines = plot_flag.lines_of(plot_flag.read_groups([file]), "local_rope_base")
+    assert [[group["value"] for group in line] for _, line in lines] == [[None], [100, 1000]]
+
+
+def test_the_fraction_that_HoPE_rotates_and_the_smallest_base_are_marked():
     config = GPTConfig(block_size=128, n_embd=128, n_head=4)
     text, fraction = plot_flag.mark("prope_fraction", config)
     turning = [j for j in range(16) if 128 * 10_000 ** (-j / 16) >= 2 * math.pi]
-    assert "K" in text and fraction == len(turning) / 16
+    assert "HoPE" in text and fraction == len(turning) / 16
     _, base = plot_flag.mark("rope_base", config)
     least = [min(sum(math.cos(m * b ** (-j / 16)) for j in range(16)) for m in range(129))
              for b in (base, 0.98 * base)]
@@ -371,16 +388,21 @@ def test_the_picture_has_a_panel_per_range_and_a_dotted_mark(tmp_path, monkeypat
     runs.append(({"pe": "rope"}, (2.2, 3.2)))
     figures = []
     monkeypatch.setattr(plot_flag.report, "save_picture", lambda figure, path: figures.append(figure))
-    plot_flag.main(["prope_fraction", groups_file(tmp_path / "a.json", *runs), "--plot", str(tmp_path / "a.png")])
+    file = groups_file(tmp_path / "a.json", *runs)
+    plot_flag.main(["prope_fraction", file, "--plot", str(tmp_path / "a.png")])
     first, second = figures[0].axes
+    groups = {json.dumps(group["args"]): group["buckets"][0] for group in json.loads(Path(file).read_text())["groups"]}
+    quarter, half, rope = groups.values()
     lines = {line.get_label(): list(line.get_ydata()) for line in first.lines}
-    assert lines["rope"] == pytest.approx([math.exp(2.2)] * 2) and any("K" in label for label in lines)
-    assert any(list(line.get_ydata()) == pytest.approx([math.exp(1.75), math.exp(1.5)]) for line in first.lines)
+    assert lines["rope"] == pytest.approx([rope["ppl"]] * 2) and any("HoPE" in label for label in lines)
+    assert any(list(line.get_ydata()) == pytest.approx([quarter["ppl"], half["ppl"]]) for line in first.lines)
+    bars = first.containers[0].lines[2][0].get_segments()
+    assert [bar[1][1] - bar[0][1] for bar in bars] == pytest.approx([2 * quarter["ppl_std"], 2 * half["ppl_std"]])
     assert first.get_title() == "[0, 16)" and second.get_title() == "[16, 32)"
 
 
 @pytest.mark.parametrize("flag, words", [("pe", "not a flag with a number"), ("none", "not a flag with a number"),
-                                         ("hope_cutoff", "one value only"), ("block_size", "different --block_size")])
+                                         ("hope_cutoff", "no two groups"), ("block_size", "different --block_size")])
 def test_what_cannot_be_drawn_against_a_flag_is_refused_in_one_line(flag, words, tmp_path, fails):
     pytest.importorskip("matplotlib")
     file = groups_file(tmp_path / "a.json", ({"pe": "hope"}, (2.0, 3.0)))
@@ -391,6 +413,7 @@ def test_what_cannot_be_drawn_against_a_flag_is_refused_in_one_line(flag, words,
         Path(file).write_text(json.dumps(result))
     code, lines = fails(plot_flag, [flag, file, "--plot", str(tmp_path / "a.png")])
     assert code == 2 and len(lines) == 1 and words in lines[0]
-    (tmp_path / "b.json").write_text("{}")
-    code, lines = fails(plot_flag, [flag, str(tmp_path / "b.json"), "--plot", str(tmp_path / "a.png")])
-    assert code == 2 and len(lines) == 1 and "not written by experiments.sweep" in lines[0]
+    for text in ("{}", '{"groups": []}', "x"):
+        (tmp_path / "b.json").write_text(text)
+        code, lines = fails(plot_flag, [flag, str(tmp_path / "b.json"), "--plot", str(tmp_path / "a.png")])
+        assert code == 2 and len(lines) == 1 and "not written by experiments.sweep" in lines[0]
