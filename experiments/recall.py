@@ -152,9 +152,9 @@ def side_by_side(function, arguments, jobs):
 
 def train_and_test_all(args, device):
     """-> the run of each network and seed. Finished ones are kept in a file beside --json until all are done."""
-    shortest = tasks_of(args).shortest
-    if args.block_size < 1.5 * shortest:
-        raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {2 * shortest} or more")
+    least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
+    if args.block_size < least:
+        raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {least} or more")
     common = {name: getattr(args, name) for name in (*NETWORK, "attn_scaling")}
     networks = [GPTConfig(vocab_size=VOCAB_SIZE, **{**common, **fields_of(pe)}) for pe in args.pe]
     settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
