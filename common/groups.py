@@ -82,6 +82,20 @@ def paired(name, differences):
     return {name: mean, f"{name}_stderr": None if math.isnan(stderr) else stderr}
 
 
+def run_settings(args, config):
+    """The flags of a run and its network, as dicts -> its settings."""
+    return {name: value for name, value in args.items() if name not in NO_SETTING} | config
+
+
+def members_by_group(runs, settings):
+    """Runs and the settings of each -> [(name, [(run, settings), ...])], a group of runs that differ in their seed
+    alone each."""
+    members = {}
+    for run, its in zip(runs, settings):
+        members.setdefault(group_key(its), []).append((run, its))
+    return list(zip(group_names([group[0][1] for group in members.values()]), members.values()))
+
+
 def group_by_seed(runs):
     """Runs, as the JSON of eval_extrapolation.py holds them -> groups of runs that differ in their seed alone.
 
@@ -96,13 +110,12 @@ def group_by_seed(runs):
     if len(scored) > 1:
         raise ValueError("the runs were scored on different texts, or with another --windows or --max_factor: score "
                          "them in one command")
-    members = {}
-    for run in runs:
-        settings = {name: value for name, value in run.get("args", {}).items() if name not in NO_SETTING}
-        settings |= run["config"] | {name: run[name] for name in ("rope_scaling", "rope_factor", "attn_scaling")}
-        members.setdefault(group_key(settings), []).append({**run, "args": settings})
-    first, groups = next(iter(members.values())), []
-    for name, group in zip(group_names([group[0]["args"] for group in members.values()]), members.values()):
+    scalings = ("rope_scaling", "rope_factor", "attn_scaling")
+    settings = [run_settings(run.get("args", {}), run["config"] | {name: run[name] for name in scalings})
+                for run in runs]
+    members = [(name, [{**run, "args": its} for run, its in group]) for name, group in members_by_group(runs, settings)]
+    first, groups = members[0][1], []
+    for name, group in members:
         seeds = [run["seed"] for run in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(", ".join(run["name"] for run in group) + " have the same flags, and two of them the same "

@@ -92,8 +92,8 @@ def draw(lines, flag, path):
     low, high = panels[0, 0].get_ylim()
     if high > 2 * low:
         panels[0, 0].set_yscale("log")
-        for axis in (panels[0, 0].yaxis.set_major_formatter, panels[0, 0].yaxis.set_minor_formatter):
-            axis("{x:g}")
+        panels[0, 0].yaxis.set_major_formatter("{x:g}")
+        panels[0, 0].yaxis.set_minor_formatter("{x:g}")
     panels[0, 0].set_ylabel("perplexity per token")
     figure.supxlabel(f"--{flag}; ± standard deviation over seeds", fontsize="medium")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)

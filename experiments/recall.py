@@ -31,10 +31,11 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import flags, groups, report
+from common import flags, report
 from common.arrangements import fields_of, name_of
 from common.checkpoint import load_checkpoint, load_model, replacing
 from common.device import DeviceConfig, Place
+from common.groups import members_by_group, run_settings
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
@@ -233,18 +234,14 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
 
 def mean_over_seeds_in_text(runs, checkpoints):
     """Runs and their checkpoints -> one for each group of runs that differ in their seed alone, as mean_over_seeds."""
-    settings = [{name: value for name, value in (checkpoint["args"] | checkpoint["config"]).items()
-                 if name not in groups.NO_SETTING} for checkpoint in checkpoints]
-    members = {}
-    for run, its in zip(runs, settings):
-        members.setdefault(groups.group_key(its), []).append((run, its))
+    members = members_by_group(runs, [run_settings(checkpoint["args"], checkpoint["config"])
+                                      for checkpoint in checkpoints])
     if len(members) == len(runs) or any(len({its["seed"] for _, its in group}) < len(group)
-                                        for group in members.values()):  # checkpoints of one run are no seeds
+                                        for _, group in members):  # checkpoints of one run are no seeds
         return runs
-    names = groups.group_names([group[0][1] for group in members.values()])
     return [{**group[0][0], "name": name, "seeds": [its["seed"] for _, its in group],
              **{what: [mean_bucket(buckets) for buckets in zip(*(run[what] for run, _ in group))]
-                for what in ("distances", "needles")}} for name, group in zip(names, members.values())]
+                for what in ("distances", "needles")}} for name, group in members]
 
 
 def test_language_models(args, place):
@@ -294,9 +291,9 @@ def print_tasks(runs, means, edges, suite):
     if several:
         each |= {f"{mean['name']}, mean of {len(mean['seeds'])}": mean for mean in means}
     for task, (_, chance) in suite.tested.items():
-        unlearned = {name: task not in ONLY_TESTED and run["tasks"][task][0]["accuracy"] < LEARNED
-                     for name, run in each.items()}
-        rows = {name + " *" * unlearned[name]: cells(run["tasks"][task], "accuracy") for name, run in each.items()}
+        lowest = 0 if task in ONLY_TESTED else LEARNED
+        rows = {name + " *" * (run["tasks"][task][0]["accuracy"] < lowest): cells(run["tasks"][task], "accuracy")
+                for name, run in each.items()}
         report.print_table(f"{task}: accuracy by length, ± standard error; blind guess {1 / LETTERS:.3f}"
                            + (f", best guess {suite.guess} {chance:.3f}" if chance else ""), columns, rows)
     for task, key, title in (
