@@ -5,6 +5,7 @@ Why the loss rises beyond the trained context L: three causes, each removed at e
     python -m experiments.causes noise out/factorial --scores 1.json 2.json 3.json --json noise.json
     python -m experiments.causes train equal @config/cpu_demo --pe hope --n_head 2 --out_dir out/equal
     python -m experiments.causes score out/equal --spacing equal
+    python -m experiments.causes heads out/factorial/*seed-1 --json heads.json
 
 Unknown angles. A pair that does not complete a turn within L tokens (a slow pair) meets, beyond L, angles between
 query and key that never occurred in training. "angles clamped" gives the slow pairs of keys that are L or more tokens
@@ -22,6 +23,10 @@ more tokens away. `noise` compares the highest peak of the mean logit beyond L w
 frequency, whose waves all meet again and again; "late", of 1,000 random draws the one whose waves meet least.
 Checkpoints do not hold the spacing: give it again to score them.
 
+`heads` lists the heads of full layers by how much they look at the previous token, within L, and says which pairs
+point there (arXiv 2410.06205: the fastest ones).
+
+Runs that the file of `score --json` holds already are kept: a command that was killed continues where it was.
 All changes act in the full layers only. Shapes: B windows, T tokens, H heads, D channels per head, K rotated pairs.
 """
 import json
@@ -236,6 +241,44 @@ def rank_correlation(a, b):
 
 
 # --------------------------------------------------------------------------------------------------
+# Heads that look at the previous token
+
+BANDS = ("turn below 16 tokens", "16 to L", "above L", "not rotated")
+
+
+@torch.no_grad()
+def previous_token_heads(model, windows):
+    """windows (N, at least L) -> for each head of a full layer its mean weight on the previous token, and the share of
+    each band of pairs in the mean logit of the previous token above that of all keys. Queries are at [L / 2, L).
+    """
+    L, found, pe = model.config.block_size, [], model.encodings["L"]
+    n_pairs, theta = model.config.n_embd // model.config.n_head // 2, getattr(pe, "theta", torch.empty(0))
+    turn = F.pad(2 * math.pi / theta, (0, n_pairs - len(theta)), value=math.inf)  # (P,) tokens
+    band = torch.where(turn < 16, 0, torch.where(turn <= L, 1, torch.where(turn.isfinite(), 2, 3)))
+    x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
+    rows, seen = pos[L // 2:], pos <= pos[L // 2:, None]
+    for layer, (block, kind) in enumerate(zip(model.transformer.h, model.config.kinds()), 1):
+        inputs = block.ln_1(x)
+        if kind == "L":
+            q, k, _ = heads(block.attn, inputs)
+            if (rotary := pe.rotary(pos)) is not None:
+                q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q, k = (t.unflatten(-1, (2, -1)) for t in (q[:, :, rows] / math.sqrt(q.size(-1)), k))
+            by_pair = torch.einsum("nhqcp,nhkcp->hnqkp", q, k)  # (H, N, Tq, L, P)
+            weights = by_pair.sum(-1).masked_fill(~seen, -math.inf).softmax(-1)  # (H, N, Tq, L)
+            at = torch.arange(len(rows))
+            mean = (by_pair * seen[..., None]).sum(3) / seen.sum(1)[:, None]  # (H, N, Tq, P) of all keys
+            above = (by_pair[:, :, at, rows - 1] - mean).mean((1, 2))  # (H, P)
+            for head in range(len(above)):
+                shares = torch.zeros(len(BANDS)).index_add(0, band, above[head] / above[head].sum())
+                found.append({"layer": layer, "head": head + 1, "weight": weights[head][:, at, rows - 1].mean().item(),
+                              "logit": above[head].sum().item(), "shares": shares.tolist()})
+        x = x + attention(model, block.attn, inputs, kind, Change(), None, L)
+        x = x + block.mlp(block.ln_2(x))
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 
@@ -286,17 +329,36 @@ def show_groups(groups):
                            "seeds", columns, rows)
 
 
+def write(args, result):
+    """Write --json, if it is given."""
+    if args.json:
+        result = {"device": f"cpu ({torch.get_num_threads()} threads)", "spacing": args.spacing,
+                  "max_factor": args.max_factor, "windows": args.windows, **result}
+        report.write_json(args.json, "-m experiments.causes", result, digits=5)
+
+
+def earlier_runs(args, text_sha256):
+    """The runs that --json holds already, by name, if they were scored on the same windows."""
+    if not (args.json and Path(args.json).exists()):
+        return {}
+    found = json.loads(Path(args.json).read_text(encoding="utf-8"))
+    now = {"spacing": args.spacing, "max_factor": args.max_factor, "windows": args.windows,
+           "dataset_sha256": text_sha256}
+    return {run["name"]: run for run in found["runs"]} if now.items() <= found.items() else {}
+
+
 def score_command(args):
     checkpoints, windows, edges, text_sha256 = text_windows(args, args.runs)
-    runs = []
+    known, runs = earlier_runs(args, text_sha256), []
     for name, checkpoint in zip(report.run_names(args.runs), checkpoints):
+        changes = known[name]["changes"] if name in known else score(load_model(checkpoint), windows, edges)
         runs.append({"name": name, "seed": checkpoint["args"]["seed"], "config": checkpoint["config"],
-                     "changes": score(load_model(checkpoint), windows, edges)})
+                     "changes": changes})
+        result = {"dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}),
+                  "groups": over_seeds(runs), "runs": runs}
+        write(args, result)  # after each run, since many take long
         print(f"{name}: done", flush=True)
-    groups = over_seeds(runs)
-    show_groups(groups)
-    return {"spacing": args.spacing, "dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}),
-            "groups": groups, "runs": runs}
+    show_groups(result["groups"])
 
 
 def correlations(rows):
@@ -326,14 +388,31 @@ def noise_command(args):
                        {row["name"]: [f"{row[key]:.3f}" for key in ("peak", "rise")] for row in rows})
     report.print_table("rank correlation of the two", ["models", "correlation"], {
         f"{row['pe']}, seed {row['seed']}": [str(row["models"]), f"{row['rank_correlation']:.2f}"] for row in found})
-    return {"dataset_sha256": text_sha256, "seeds": sorted({row["seed"] for row in rows}),
-            "correlations": found, "runs": rows}
+    write(args, {"dataset_sha256": text_sha256, "seeds": sorted({row["seed"] for row in rows}),
+                 "correlations": found, "runs": rows})
+
+
+def heads_command(args):
+    checkpoints, windows, _, text_sha256 = text_windows(args, args.runs)
+    runs = []
+    for name, checkpoint in zip(report.run_names(args.runs), checkpoints):
+        rows = sorted(previous_token_heads(load_model(checkpoint), windows), key=lambda row: -row["weight"])
+        runs.append({"name": name, "seed": checkpoint["args"]["seed"], "heads": rows})
+        report.print_table(f"{name}: heads of full layers; the share of each band in the logit of the previous token",
+                           ["weight on it", "its logit", *BANDS], {
+            f"layer {row['layer']}, head {row['head']}": [
+                f"{value:.2f}" for value in (row["weight"], row["logit"], *row["shares"])] for row in rows})
+    write(args, {"dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}), "bands": BANDS,
+                 "runs": runs})
+
+
+COMMANDS = {"score": score_command, "noise": noise_command, "heads": heads_command}
 
 
 def make_parser():
     parser = flags.ArgumentParser("Why the loss rises beyond the trained context: three causes, each removed.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
-    add("command", choices=("score", "noise"), help="or: train SPACING, followed by the flags of train.py")
+    add("command", choices=COMMANDS, help="or: train SPACING, followed by the flags of train.py")
     add("runs", nargs="*", metavar="OUT_DIR", help="folders of runs; noise: the folder that holds the scored runs")
     add("--scores", nargs="+", metavar="FILE", help="noise: what eval_extrapolation.py --json wrote")
     add("--spacing", choices=tuple(SPACINGS), help="score: that HoPE was trained with")
@@ -360,11 +439,7 @@ def main(argv=None):
     if args.json:
         report.check_output(args.json)
     with in_spacing(args.spacing):
-        result = {"score": score_command, "noise": noise_command}[args.command](args)
-    if args.json:
-        result = {"device": f"cpu ({torch.get_num_threads()} threads)", "max_factor": args.max_factor,
-                  "windows": args.windows, **result}
-        report.write_json(args.json, "-m experiments.causes", result, digits=5)
+        COMMANDS[args.command](args)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,40 @@ def test_correlations_are_taken_in_each_seed():
     assert found["rope", 1] == (3, 1) and found["hope", 2] == (3, -1) and found["all", 1][0] == 6
 
 
+# --- heads
+
+
+@pytest.mark.parametrize("fields", ARRANGEMENTS, ids=str)
+def test_weights_and_shares_of_a_head_are_those_written_out(fields, windows):
+    model = make_model(**fields)
+    rows = causes.previous_token_heads(model, windows)
+    theta = (model.encodings["L"].theta.tolist() if fields["pe"] != "nope" else [])
+    band = [0 if 2 * math.pi / t < 16 else 2 for t in theta] + [3] * (8 - len(theta))  # L = 16: no turn in between
+    layer = len(model.transformer.h) - 1  # the last one is full in all of them
+    inputs = []
+    hook = model.transformer.h[layer].attn.register_forward_pre_hook(lambda attn, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model(windows[:, :L])
+        hook.remove()
+        q, k, _ = causes.heads(model.transformer.h[layer].attn, inputs[0])
+    q, k = (torch.complex(t[..., :8], t[..., 8:]) for t in (q / 4, k))
+    angles = torch.tensor([*theta, *[0.0] * (8 - len(theta))])
+    for h in range(2):
+        weights, above = [], []
+        for window in range(3):
+            for n in range(L // 2, L):
+                turn = torch.polar(torch.ones(n + 1, 8), (n - torch.arange(n + 1))[:, None] * angles)
+                logits = (q[window, h, n] * k[window, h, :n + 1].conj() * turn).real  # (n + 1, 8)
+                weights.append(logits.sum(1).softmax(0)[n - 1])
+                above.append(logits[n - 1] - logits.mean(0))
+        above, row = torch.stack(above).mean(0), rows[-2:][h]
+        assert (row["layer"], row["head"]) == (layer + 1, h + 1)
+        assert row["weight"] == pytest.approx(torch.stack(weights).mean().item(), rel=1e-3)
+        assert row["logit"] == pytest.approx(above.sum().item(), rel=1e-3, abs=1e-4)
+        expected = [sum(a for a, b in zip(above.tolist(), band) if b == i) / above.sum().item() for i in range(4)]
+        assert row["shares"] == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+
 # --- the command
 
 
@@ -249,6 +283,18 @@ def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, c
     assert "adds" in capsys.readouterr().out
     assert written["command"].startswith("python -m experiments.causes") and written["groups"][0]["seeds"] == [1]
     assert [row["end"] for row in written["runs"][0]["changes"]["nothing"]] == [16, 32, 64]
+
+    given = ["score", finished_run, "--max_factor", "4", "--json", str(tmp_path / "causes.json"), "--windows"]
+    for windows, is_kept in (("3", True), ("2", False)):  # other windows: scored anew
+        written["runs"][0]["changes"]["nothing"][0]["nll"] = 7
+        (tmp_path / "causes.json").write_text(json.dumps(written))
+        causes.main([*given, windows])
+        found = json.loads((tmp_path / "causes.json").read_text())
+        assert (found["runs"][0]["changes"]["nothing"][0]["nll"] == 7) == is_kept
+
+    causes.main(["heads", finished_run, "--max_factor", "2", "--windows", "2", "--json", str(tmp_path / "heads.json")])
+    run, = json.loads((tmp_path / "heads.json").read_text())["runs"]
+    assert len(run["heads"]) == 4 and run["heads"][0]["weight"] >= run["heads"][1]["weight"]
 
     for spacing in ("equal", "late"):
         out_dir = str(tmp_path / spacing)
