@@ -281,13 +281,17 @@ def previous_token_heads(model, windows):
 # --------------------------------------------------------------------------------------------------
 # Commands
 
+SCORED = 32  # windows, by default of eval_extrapolation.py
+
 
 def text_windows(args, folders):
-    """-> checkpoints, windows, edges, sha256 of the text: the windows that eval_extrapolation.py scores."""
+    """-> checkpoints, windows, edges, sha256 of the text: of the 32 windows that eval_extrapolation.py scores, as many
+    as --windows says, spread evenly."""
     checkpoints = [load_checkpoint(folder) for folder in folders]
     ids, _, text_sha256, tokenizer = text_to_score(checkpoints, report.run_names(folders))
     edges = bucket_edges(min(checkpoint["config"]["block_size"] for checkpoint in checkpoints), args.max_factor)
-    return checkpoints, document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows), edges, text_sha256
+    windows = document_windows(ids, tokenizer.end_of_document, edges[-1], SCORED)
+    return checkpoints, windows[::SCORED // args.windows], edges, text_sha256
 
 
 def over_seeds(runs):
@@ -417,7 +421,8 @@ def make_parser():
     add("--scores", nargs="+", metavar="FILE", help="noise: what eval_extrapolation.py --json wrote")
     add("--spacing", choices=tuple(SPACINGS), help="score: that HoPE was trained with")
     add("--max_factor", type=count, default=16, help="longest context, in multiples of block_size")
-    add("--windows", type=count, default=32, help="windows to average over")
+    add("--windows", type=int, choices=(1, 2, 4, 8, 16, 32), default=16, help="windows to average over, of the 32 that "
+        "eval_extrapolation.py scores; default: 16")
     add("--json", metavar="FILE", help="write the results to this file")
     return parser
 

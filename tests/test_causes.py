@@ -6,11 +6,13 @@ Interventions at evaluation, against logits written out pair by pair.
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from common.checkpoint import load_model
+import eval_extrapolation
+from common.checkpoint import load_checkpoint, load_model
 from experiments import causes
 from experiments.causes import CHANGES, Change
 from model import GPT, PE, GPTConfig, HoPE
@@ -277,15 +279,24 @@ def test_weights_and_shares_of_a_head_are_those_written_out(fields, windows):
 # --- the command
 
 
+def test_windows_are_some_of_those_that_the_evaluation_scores(finished_run):
+    args = causes.make_parser().parse_args(["score", finished_run, "--max_factor", "4", "--windows", "16"])
+    scored = eval_extrapolation.make_parser().parse_args([finished_run, "--max_factor", "4"])
+    checkpoints = [load_checkpoint(finished_run)]
+    windows, edges, _, text_sha256 = eval_extrapolation.choose_windows(scored, checkpoints, ["hope"])
+    _, found, found_edges, found_sha256 = causes.text_windows(args, [finished_run])
+    assert torch.equal(found, windows[::2]) and found_edges == edges and found_sha256 == text_sha256
+
+
 def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, capsys):
-    causes.main(["score", finished_run, "--max_factor", "4", "--windows", "3", "--json", str(tmp_path / "causes.json")])
+    causes.main(["score", finished_run, "--max_factor", "4", "--windows", "4", "--json", str(tmp_path / "causes.json")])
     written = json.loads((tmp_path / "causes.json").read_text())
     assert "adds" in capsys.readouterr().out
     assert written["command"].startswith("python -m experiments.causes") and written["groups"][0]["seeds"] == [1]
     assert [row["end"] for row in written["runs"][0]["changes"]["nothing"]] == [16, 32, 64]
 
     given = ["score", finished_run, "--max_factor", "4", "--json", str(tmp_path / "causes.json"), "--windows"]
-    for windows, is_kept in (("3", True), ("2", False)):  # other windows: scored anew
+    for windows, is_kept in (("4", True), ("2", False)):  # other windows: scored anew
         written["runs"][0]["changes"]["nothing"][0]["nll"] = 7
         (tmp_path / "causes.json").write_text(json.dumps(written))
         causes.main([*given, windows])
@@ -306,9 +317,6 @@ def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, c
 
 
 def test_noise_needs_scores_and_compares_models(finished_run, tmp_path, capsys):
-    from pathlib import Path
-
-    import eval_extrapolation
     eval_extrapolation.main([finished_run, "--windows", "2", "--json", str(tmp_path / "scores.json")])
     causes.main(["noise", str(Path(finished_run).parent), "--scores", str(tmp_path / "scores.json"), "--windows", "2",
                  "--json", str(tmp_path / "noise.json")])
