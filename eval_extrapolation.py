@@ -44,12 +44,9 @@ def windows_at_a_time(config, length, chunk, device):
     config: that of a checkpoint. The number affects speed, not losses.
     """
     C, V = config["n_embd"], config["vocab_size"]
-    kinds, window = GPTConfig(**config).kinds(), config.get("window", 0)
-    kept = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens in the cache of a layer
-    cached = 2 * C * sum(kept[kind] for kind in kinds)  # keys and values
-    tokens = max(chunk, config["block_size"])  # of a window, in one forward of score or score_local
-    # logits, twice more in the loss, and the inputs and outputs of the widest layer
-    activations = tokens * (3 * V + 16 * C)
+    cached = 2 * C * length * config["n_layer"]  # keys and values
+    # of one forward of score or score_local: logits, twice more in the loss, and the widest layer's in- and outputs
+    activations = max(chunk, config["block_size"]) * (3 * V + 16 * C)
     memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
     return max(1, int(memory / (4 * (cached + activations))))
 

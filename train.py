@@ -27,7 +27,7 @@ from common.device import Device, DeviceConfig, explain_failures, pick_compile, 
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data import nanogpt
 from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
-from model import GPT, GPTConfig, RoPE, setting
+from model import GPT, ROTARY, GPTConfig, setting
 
 
 @dataclass
@@ -278,21 +278,18 @@ def say(text):
 
 def describe_network(model):
     """Say how large a GPT is, and which pairs of channels a rotary encoding rotates."""
-    config, pe = model.config, model.transformer.wpe
-    size = sum(parameter.numel() for parameter in model.parameters())
-    say(f"network   {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: {size / 1e6:.2f} M "
-        "parameters")
+    config, theta = model.config, getattr(model.transformer.wpe, "theta", None)
+    say(f"network   {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: "
+        f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f} M parameters")
     say(f"encoding  {config.pe}, trained context L = {config.block_size} tokens")
-    if isinstance(pe, RoPE):
-        wavelengths = (2 * math.pi / pe.theta).tolist()
+    if config.pe in ROTARY:
         n_pairs = config.n_embd // config.n_head // 2
-        same = {0: ": this is NoPE", n_pairs: ": this is RoPE"}.get(len(wavelengths), "") if config.pe != "rope" else ""
-        say(f"          {len(wavelengths)} of {n_pairs} pairs of channels rotate in each head{same}; tokens per turn: "
-            + " ".join(f"{tokens:,.{int(tokens < 20)}f}" for tokens in wavelengths))
+        same = {0: ": this is NoPE", n_pairs: ": this is RoPE"}.get(len(theta), "") if config.pe != "rope" else ""
+        say(f"          {len(theta)} of {n_pairs} pairs of channels rotate in each head{same}; tokens per turn: "
+            + " ".join(f"{turn:,.{int(turn < 20)}f}" for turn in (2 * math.pi / theta).tolist()))
     if "S" in config.kinds():
-        local = config.local()
-        say(f"          layers {config.kinds()}: short-window layers (S) have {local.pe} and see "
-            + (f"{config.window} tokens" if config.window else "everything"))
+        sees = f"{config.window} tokens" if config.window else "everything"
+        say(f"          layers {config.kinds()}: short-window layers (S) have {config.local().pe} and see {sees}")
 
 
 def describe_run(run, copied=None):
@@ -315,10 +312,9 @@ def describe_run(run, copied=None):
         say(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
             f"{', '.join(left_out) or 'none'}")
     if run.iter:
-        say(f"resuming  after step {run.iter:,}")
-        if config.max_iters > run.iter >= config.lr_decay_iters:
-            say(f"note      the schedule ended at step {config.lr_decay_iters:,}: the learning rate stays at its "
-                "minimum")
+        over = config.max_iters > run.iter >= config.lr_decay_iters
+        say(f"resuming  after step {run.iter:,}" + over * (f"; the schedule ended at step {config.lr_decay_iters:,}, so "
+                                                          "the learning rate stays at its minimum"))
 
 
 def describe_result(run, stopped):
