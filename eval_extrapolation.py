@@ -26,8 +26,7 @@ from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is scored
+# --- What is scored ---------------------------------------------------------------------------------------------------
 
 
 def bucket_edges(block_size, max_factor):
@@ -63,8 +62,7 @@ def scalings(args, config):
             for rope in rope_scalings for attn in args.attn_scaling or [config.attn_scaling]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
+# --- Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W) -----------------------------
 
 
 @torch.no_grad()
@@ -152,8 +150,7 @@ def summarize(losses, local_losses, first_losses, edges, characters):
     return buckets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Showing it
+# --- Showing it -------------------------------------------------------------------------------------------------------
 
 
 def cell_text(bucket, key):
@@ -215,9 +212,6 @@ def plot(runs, path):
     axes.set_ylabel("perplexity per token")
     figure.legend(loc="outside right center", title="thin, dotted: at most\nL tokens of context")
     report.save_picture(figure, path)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def make_parser():

@@ -313,8 +313,8 @@ def describe_run(run, copied=None):
             f"{', '.join(left_out) or 'none'}")
     if run.iter:
         over = config.max_iters > run.iter >= config.lr_decay_iters
-        say(f"resuming  after step {run.iter:,}" + over * (f"; the schedule ended at step {config.lr_decay_iters:,}, so "
-                                                          "the learning rate stays at its minimum"))
+        say(f"resuming  after step {run.iter:,}" + over * (
+            f"; the schedule ended at step {config.lr_decay_iters:,}, so the learning rate stays at its minimum"))
 
 
 def describe_result(run, stopped):

@@ -15,8 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 
-# --------------------------------------------------------------------------------------------------
-# Atomic writes
+# --- Atomic writes ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -65,8 +64,7 @@ def exclusive(out_dir, rank):
         raise ValueError(f"another process is training in {out_dir}: choose another --out_dir") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
@@ -159,8 +157,7 @@ def copy_matching_weights(model, checkpoint):
     return list(copied), new_names, [name for name in weights if name not in copied]
 
 
-# --------------------------------------------------------------------------------------------------
-# log.jsonl, one JSON object per evaluation
+# --- log.jsonl, one JSON object per evaluation ------------------------------------------------------------------------
 
 
 def append_log(path, line):
