@@ -23,9 +23,9 @@ class DeviceConfig:
     """The flags that all scripts share."""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto takes the best available")
-    dtype: str = setting("auto", "number format of matrix products; auto: bfloat16 on GPUs that have it, float16 on "
-                         "older GPUs, float32 elsewhere, except to train at width 256 or more on CPUs with bfloat16 "
-                         "units", one_of=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "number format of matrix products; auto: float32 to score and sample; to train, "
+                         "bfloat16 on GPUs that have it and, at width 256 or more, on CPUs that have it, float16 on "
+                         "older GPUs", one_of=("auto", "float32", "bfloat16", "float16"))
 
 
 class Device:
@@ -114,8 +114,9 @@ class Device:
 def pick_device(name):
     """--device -> torch.device. Raises ValueError if there is no such device, RuntimeError if its memory is full."""
     auto = name == "auto"
-    if auto:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if auto:  # cuda (AMD's GPUs, too), mps, xpu
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
     if name == "cuda" and "RANK" in os.environ:  # torchrun: one GPU per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -137,19 +138,26 @@ def pick_device(name):
 
 
 def pick_dtype(name, device, training_width=0):
-    """--dtype -> torch.dtype. A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
+    """--dtype -> torch.dtype. Scores are float32 on every device, so that they can be compared.
+
+    A CPU gets bfloat16 only to train wide models: narrow ones gain little from it.
+    """
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
+    if device.type == "cuda" and training_width:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and training_width >= 256 and HAS_BFLOAT16():
         return torch.bfloat16
     return torch.float32
 
 
-def pick_compile(choice, device):
-    """--compile, --no-compile or neither (None) -> bool. The default is on if Triton can build kernels for the GPU."""
-    if choice is not None or device.type != "cuda":
+def pick_compile(choice, device, width, steps):
+    """--compile, --no-compile or neither (None) -> bool.
+
+    The default is on if Triton can build kernels for the GPU and if that pays. Compiling takes about a minute. It saves
+    a part of each step: at width 256 and more, 1,000 steps take minutes; those of narrower networks take milliseconds.
+    """
+    if choice is not None or device.type != "cuda" or width < 256 or steps < 1000:
         return bool(choice)
     # Triton builds the code that launches a kernel with a C compiler and Python's headers
     compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
