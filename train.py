@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common import flags
 from common.checkpoint import append_log, copy_matching_weights, cut_log, exclusive, load_checkpoint, save_checkpoint
-from common.device import Device, DeviceConfig, explain_failures, pick_compile, stop_signals
+from common.device import Device, DeviceConfig, check_computation, explain_failures, pick_compile, stop_signals
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data import nanogpt
 from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
@@ -405,6 +405,7 @@ def main(argv=None):
                 run.load(checkpoint)
             elif checkpoint:
                 copied = copy_matching_weights(run.model, checkpoint)
+            check_computation(run.model, device)
             if device.rank == 0:
                 cut_log(Path(config.out_dir, "log.jsonl"), run.iter if config.resume else -1)
                 describe_run(run, copied)

@@ -1,6 +1,7 @@
 """
 Where a model runs: the device, the number format of its matrix products, torch.compile, and torchrun's processes.
 """
+import copy
 import importlib.util
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from model import setting
+from model import KVCache, setting
 
 HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private: it may disappear
 
@@ -164,6 +165,37 @@ def pick_compile(choice, device, width, steps):
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
     return (importlib.util.find_spec("triton") is not None and compiler and headers
             and torch.cuda.get_device_capability(device) >= (7, 0))  # Volta, the oldest that Triton supports
+
+
+@torch.no_grad()
+def check_computation(model, device):
+    """Compare a GPT on a device with itself on the CPU, in a second or less; nothing is done if it is the CPU.
+
+    Some versions of PyTorch compute wrong attention on some devices without an error: it sees future tokens (issue
+    195910 there), or cached keys are misread (169222, 182285). Raises RuntimeError.
+    """
+    if device.type == "cpu":
+        return
+    training, reference = model.training, copy.deepcopy(model).to("cpu", torch.float32).eval()
+    ids = torch.arange(min(model.config.block_size, 128))[None] * 7919 % model.config.vocab_size  # (1, T)
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % model.config.vocab_size
+    ids_there, other, cache = ids.to(device.torch_device), other.to(device.torch_device), KVCache(ids.size(1))
+    model.eval()
+    with device.autocast():
+        logits, changed = (model(x, x)[0].float().cpu() for x in (ids_there, other))  # (1, T, V)
+        model(ids_there[:, :-1], cache=cache)
+        cached = model(ids_there[:, -1:], cache=cache)[0].float().cpu()  # (1, 1, V)
+    model.train(training)
+    expected = reference(ids, ids)[0]
+    rounding = 0.01 if device.dtype == torch.float32 else 0.1
+    for fault, a, b, tolerance in (
+            ("attention sees later tokens", logits[:, :-1], changed[:, :-1], 1e-5),  # the same operations
+            ("logits differ from the CPU's", logits, expected, rounding),
+            ("reading through the cache differs from reading at once", cached[0], expected[:, -1], rounding)):
+        if not (a - b).abs().max() < tolerance * expected.abs().max():  # nan is a fault, too
+            raise RuntimeError(f"PyTorch {torch.__version__} computes wrongly on {device} in {device.dtype}: {fault}: "
+                               "use another version of PyTorch, --dtype float32 or --device cpu")
 
 
 def is_out_of_memory(error):
