@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from common import flags
 from common.checkpoint import append_log, copy_matching_weights, cut_log, exclusive, load_checkpoint, save_checkpoint
-from common.device import Device, DeviceConfig, check_computation, explain_failures, pick_compile, stop_signals
+from common.device import (
+    Device,
+    DeviceConfig,
+    check_computation,
+    explain_failures,
+    memory_estimate,
+    pick_compile,
+    stop_signals,
+)
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data import nanogpt
 from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
@@ -317,6 +325,8 @@ def describe_run(run, copied=None):
         "the text")
     say(f"device    {run.device}, {str(run.device.dtype).removeprefix('torch.')}, seed {config.seed}"
         + ", compiled: the first step takes a minute" * run.compiled)
+    memory, free = memory_estimate(network, config.batch_size, run.device.dtype) / 1e9, run.device.free_memory()
+    say(f"memory    about {memory:.1f} GB needed" + (f", {free / 1e9:.1f} GB free" if free else ""))
     if copied:
         same, new, left_out = copied
         say(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "

@@ -50,6 +50,10 @@ class Device:
             return torch.cuda.get_device_name(self.torch_device)
         return f"{self.torch_device} ({torch.get_num_threads()} threads)"
 
+    def free_memory(self):
+        """Free bytes of a GPU of CUDA, None elsewhere."""
+        return torch.cuda.mem_get_info(self.torch_device)[0] if self.type == "cuda" else None
+
     def autocast(self):
         """A context with matrix products in dtype, sums and norms in float32. It does nothing for float32."""
         return torch.autocast(self.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
