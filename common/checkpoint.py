@@ -132,11 +132,11 @@ def load_model(checkpoint, **overrides):
     return model.eval()
 
 
-def init_weights(model, checkpoint):
-    """Copy the weights of a checkpoint into a model -> (names taken, names that are new, names left out).
+def copy_matching_weights(model, checkpoint):
+    """Copy the weights of a checkpoint into a model -> (names copied, names that are new, names left out).
 
-    The encoding's own values carry over if the encoding is the same. The network around it has to be: raises
-    ValueError with what differs.
+    What an encoding has learned is copied if the encoding is the same. Raises ValueError if the network around it
+    differs, with what differs.
     """
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
