@@ -94,8 +94,8 @@ def bias(pe, learned, m, n):
         def psi(x):
             return math.log(abs(learned["c"]) * x + 1)
         x = psi(distance) / (psi(max(m, abs(learned["multiplier"] * L))) + 1e-6)
-        hidden = [max(0.0, float(w * x + b)) for w, b in zip(learned["weight_1"], learned["bias_1"])]
-        return learned["weight_2"] @ torch.tensor(hidden, dtype=torch.float64) + learned["bias_2"]
+        hidden = (learned["weight_1"] * x + learned["bias_1"]).clamp(min=0)
+        return learned["weight_2"] @ hidden + learned["bias_2"]
     return 0.0 if pe in WITHOUT_BIAS or pe in ROTARY else missing(pe)
 
 
@@ -122,12 +122,12 @@ def encoding_of(pe, **changes):
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("pe", ROTARY)
 def test_rotation_is_a_product_of_complex_numbers(pe, scaling):
-    encoding, _ = encoding_of(pe, rope_scaling=scaling, rope_factor=2.5)
+    encoding, _ = encoding_of(pe, rope_scaling=scaling, rope_factor=4.0)
     positions = [0, 1, 5, 15, 16, 77]  # past L too
     x = torch.randn(2, HEADS, len(positions), WIDTH // HEADS)
     cos, sin = encoding.rotary(torch.tensor(positions))
     turned = torch.complex(*rotate(x, cos, sin).double().chunk(2, dim=-1))
-    expected = rotated(x.double(), positions, angles(pe, scaling, 2.5))
+    expected = rotated(x.double(), positions, angles(pe, scaling, 4.0))
     torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
 
 
@@ -169,21 +169,6 @@ def test_gradients_of_learned_biases_equal_finite_differences_of_the_reference(p
                 sums.append(total())
             expected = (sums[0] - sums[1]) / (2 * step)
             assert parameter.grad.view(-1)[i].item() == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, i)
-
-
-@pytest.mark.parametrize("pe", ROTARY)
-def test_rotary_scores_depend_on_the_distance_only(pe):
-    encoding = tiny(pe).transformer.wpe
-    q, k = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
-
-    def score(i, j):
-        turned_q, turned_k = (rotate(x, *encoding.rotary(torch.tensor([n]))) for x, n in ((q, i), (k, j)))
-        return (turned_q * turned_k).sum(-1)
-
-    for distance in (0, 1, 7, 40):
-        for start in (1, 13, 100):
-            torch.testing.assert_close(score(start + distance, start), score(distance, 0), atol=1e-4, rtol=0)
-    assert not torch.allclose(score(7, 0), score(0, 0), atol=1e-3)
 
 
 @pytest.mark.parametrize("pe", ["sinusoidal", "rope", "prope", "hope", "alibi"])
@@ -260,7 +245,7 @@ def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope()
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("head_dim, block_size, s", [(32, 128, 16.0), (64, 512, 4.0), (128, 4096, 2.5), (32, 128, 8.0),
-                                                     (64, 512, 8.0), (128, 4096, 8.0)])
+                                                     (64, 512, 8.0), (128, 4096, 8.0), (64, 512, 1.0)])
 def test_scaled_frequencies_of_real_models_equal_the_reference(head_dim, block_size, s, scaling):
     plain, found = (spectrum(head_dim, block_size=block_size, rope_scaling=name, rope_factor=s)
                     for name in ("none", scaling))
@@ -281,25 +266,11 @@ def test_yarn_keeps_pairs_of_over_32_turns_and_divides_those_under_one():
 
 
 @pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
-@pytest.mark.parametrize("pe", ["prope", "hope"])
-def test_scaling_does_not_change_which_pairs_turn(pe, scaling):
-    kept = [spectrum(64, pe, block_size=128, rope_scaling=s, rope_factor=16.0) > 0 for s in ("none", scaling)]
-    assert torch.equal(*kept)
-
-
-@pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
-def test_the_scalings_start_from_rope_context_and_hope_s_cut_is_that_of_it(scaling):
-    scaled = dict(rope_scaling=scaling, rope_factor=4.0)
-    for pe, kept in (("rope", 32), ("hope", 11)):
-        longer = spectrum(64, pe, block_size=512, rope_context=128, **scaled)
-        assert torch.equal(longer, spectrum(64, pe, block_size=128, **scaled)) and (longer > 0).sum() == kept
-
-
-@pytest.mark.parametrize("pe", ROTARY)
-@pytest.mark.parametrize("scaling", ["pi", "ntk", "yarn"])
-def test_a_factor_of_1_changes_nothing(pe, scaling):
-    idx = torch.randint(50, (1, 20))
-    torch.testing.assert_close(tiny(pe, rope_scaling=scaling)(idx)[0], tiny(pe)(idx)[0])
+@pytest.mark.parametrize("pe, kept", [("rope", 32), ("prope", 24), ("hope", 11)])
+def test_the_scalings_start_from_rope_context_and_do_not_change_which_pairs_turn(pe, kept, scaling):
+    scaled = dict(rope_scaling=scaling, rope_factor=16.0)
+    longer = spectrum(64, pe, block_size=512, rope_context=128, **scaled)
+    assert torch.equal(longer, spectrum(64, pe, block_size=128, **scaled)) and (longer > 0).sum() == kept
 
 
 # --- biases and their initial values
