@@ -21,13 +21,12 @@ import torch
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is scored
+# --- What is scored ---------------------------------------------------------------------------------------------------
 
 
 def bucket_edges(block_size, max_factor):
@@ -44,12 +43,9 @@ def windows_at_a_time(config, length, chunk, device):
     config: that of a checkpoint. The number affects speed, not losses.
     """
     C, V = config["n_embd"], config["vocab_size"]
-    kinds, window = GPTConfig(**config).kinds(), config.get("window", 0)
-    kept = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens in the cache of a layer
-    cached = 2 * C * sum(kept[kind] for kind in kinds)  # keys and values
-    tokens = max(chunk, config["block_size"])  # of a window, in one forward of score or score_local
-    # logits, twice more in the loss, and the inputs and outputs of the widest layer
-    activations = tokens * (3 * V + 16 * C)
+    cached = 2 * C * length * config["n_layer"]  # keys and values
+    # of one forward of score or score_local: logits, twice more in the loss, and the widest layer's in- and outputs
+    activations = max(chunk, config["block_size"]) * (3 * V + 16 * C)
     memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
     return max(1, int(memory / (4 * (cached + activations))))
 
@@ -66,8 +62,7 @@ def scalings(args, config):
             for rope in rope_scalings for attn in args.attn_scaling or [config.attn_scaling]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
+# --- Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W) -----------------------------
 
 
 @torch.no_grad()
@@ -155,8 +150,7 @@ def summarize(losses, local_losses, first_losses, edges, characters):
     return buckets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Showing it
+# --- Showing it -------------------------------------------------------------------------------------------------------
 
 
 def cell_text(bucket, key):
@@ -220,9 +214,6 @@ def plot(runs, path):
     report.save_picture(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def make_parser():
     parser = flags.ArgumentParser("Score runs beyond their trained context, side by side on the same tokens.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
@@ -276,6 +267,7 @@ def score_runs(args, checkpoints, names, windows, edges, characters, device):
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
         model = load_model(checkpoint).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():  # L tokens need no scaling but that of the training: one score for all
             local_losses = score_local(model, windows, config["block_size"], batch_size)
         for scaling in scalings(args, config):

@@ -13,8 +13,7 @@ from common.checkpoint import replacing
 
 PICTURES = (".png", ".pdf", ".svg")
 
-# --------------------------------------------------------------------------------------------------
-# Numbers
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
 def mean_and_stderr(values):
@@ -49,8 +48,7 @@ def run_names(paths):
     return list(paths)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def add_output_flags(parser, picture):
@@ -98,8 +96,7 @@ def write_json(path, script, result, digits=17):
         file.write(f"{text}\n".encode())
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ---------------------------------------------------------------------------------------------------------
 
 # One colour and marker per encoding in all pictures. The smallest distance between two of the colours is 20 (CIEDE2000)
 # as seen with deuteranopia, 26 with normal vision.
