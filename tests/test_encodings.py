@@ -26,7 +26,7 @@ L, HEADS, WIDTH = 16, 6, 60  # six heads: no power of two; ten channels per head
 
 def missing(pe):
     pytest.fail(f"write a reference for {pe} in tests/test_encodings.py: what it adds to a logit in bias(), how many "
-                "pairs it rotates in angles(), or what it does to an embedding in embedded() (and then add it to "
+                "pairs it rotates in kept_pairs(), or what it does to an embedding in embedded() (and then add it to "
                 "WITHOUT_BIAS)", pytrace=False)
 
 
@@ -46,15 +46,16 @@ def scaled(j, scaling, s, base, block_size, head_dim):
     return theta
 
 
+def kept_pairs(pe, base, block_size, head_dim):
+    kept = {"rope": head_dim // 2, "prope": int(0.75 * head_dim // 2),
+            "hope": sum(base ** (-2 * j / head_dim) * block_size >= 2 * math.pi for j in range(head_dim // 2))}
+    return kept[pe] if pe in kept else missing(pe)
+
+
 def angles(pe, scaling="none", s=1.0, base=10000.0, block_size=L, head_dim=WIDTH // HEADS):
     """Angle per token of each pair that is rotated, fastest first."""
-    if pe not in ROTARY:
-        return []
-    pairs = range(head_dim // 2)
-    kept = {"rope": len(pairs), "prope": int(0.75 * head_dim // 2),
-            "hope": sum(base ** (-2 * j / head_dim) * block_size >= 2 * math.pi for j in pairs)}
-    n_rotated = kept[pe] if pe in kept else missing(pe)
-    return [scaled(j, scaling, s, base, block_size, head_dim) for j in pairs[:n_rotated]]
+    n_rotated = kept_pairs(pe, base, block_size, head_dim) if pe in ROTARY else 0
+    return [scaled(j, scaling, s, base, block_size, head_dim) for j in range(n_rotated)]
 
 
 def rotated(x, positions, angles):
@@ -129,6 +130,8 @@ def test_rotation_is_a_product_of_complex_numbers(pe, scaling):
     turned = torch.complex(*rotate(x, cos, sin).double().chunk(2, dim=-1))
     expected = rotated(x.double(), positions, angles(pe, scaling, 4.0))
     torch.testing.assert_close(turned, expected, atol=1e-5, rtol=0)
+    x = x.to(torch.bfloat16)  # of which only the result is rounded
+    assert torch.equal(rotate(x, cos, sin), rotate(x.float(), cos, sin).to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("pe", PE)
@@ -185,6 +188,16 @@ def test_fixed_numbers_follow_the_device_of_the_positions_and_are_never_rounded(
     assert all(x is None or x.device.type == "meta" for x in act(tiny(pe).to("meta"), "meta"))
 
 
+@pytest.mark.parametrize("pe", PE)
+def test_under_autocast_angles_and_biases_are_float32_and_only_the_mask_is_rounded(pe):
+    model, pos = tiny(pe), torch.arange(32)
+    exact = model.layer_positions("L", pos, 0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rotary, mask, *_ = model.layer_positions("L", pos, 0)
+    assert all(map(torch.equal, rotary or (), exact.rotary or ()))
+    assert mask is exact.mask is None or torch.equal(mask, exact.mask.to(torch.bfloat16))
+
+
 # --- which pairs are rotated
 
 
@@ -228,7 +241,8 @@ def test_prope_keeps_the_fastest_int_of_p_d_over_2_pairs_and_does_not_respread_t
 def test_prope_with_p_1_is_rope_and_with_p_0_is_nope():
     idx = torch.randint(50, (2, 40))
     assert torch.equal(all_logits(tiny("prope", prope_fraction=1.0), idx), all_logits(tiny("rope"), idx))
-    assert torch.equal(all_logits(tiny("prope", prope_fraction=0.0), idx), all_logits(tiny("nope"), idx))
+    for changes in ({}, {"rope_scaling": "yarn", "rope_factor": 4.0}):  # whose temperature is for layers that rotate
+        assert torch.equal(all_logits(tiny("prope", prope_fraction=0.0, **changes), idx), all_logits(tiny("nope"), idx))
     half = all_logits(tiny("prope", prope_fraction=0.5), idx)
     assert not torch.allclose(half, all_logits(tiny("rope"), idx), atol=1e-3)
 
