@@ -1,14 +1,40 @@
-"""Shared by the tests: a tiny text, a data set made of it, and a way to call the scripts as the command line does."""
+"""Shared by the tests: a tiny model, a data set made of a tiny text, a way to call scripts as the command line does."""
 import random
 
 import pytest
+import torch
 
 import data.prepare
 import train
 from common import flags
+from model import GPT, GPTConfig
 
 TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--batch_size", "4",
               "--warmup_iters", "2", "--eval_interval", "5", "--eval_iters", "2", "--device", "cpu"]
+
+
+def tiny(pe, **changes):
+    """A small untrained model in evaluation mode, its weights large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    config = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, pe=pe)
+    model = GPT(GPTConfig(**{**config, **changes})).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(10)
+        for encoding in dict.fromkeys(model.encodings.values()):
+            for parameter in encoding.parameters():
+                parameter.add_(torch.rand_like(parameter))  # what an encoding learns, away from where it starts
+    return model
+
+
+def all_logits(model, idx):
+    """Token ids (B, T) -> logits of all positions (B, T, V)."""
+    return model(idx, targets=idx)[0]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
