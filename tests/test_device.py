@@ -1,0 +1,332 @@
+"""
+Where a run computes: devices, number formats, torch.compile, memory; signals; several processes.
+
+    python -m pytest tests/test_device.py
+    python -m pytest tests/test_device.py -m slow         a compiler that is missing
+"""
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import distributed
+
+import train
+from common import device as common_device
+from common.checkpoint import load_checkpoint
+from common.device import DeviceConfig, Place
+from model import GPT, GPTConfig
+from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run
+
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """A tensor on a GPU that this machine does not have."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __matmul__(self, other):
+        if self.error:
+            raise self.error
+        return self
+
+    def sum(self):
+        return self
+
+    def item(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("rank, name, used", [(None, "cuda:1", 1), (None, "cuda", None), ("2", "cuda", 2),
+                                              ("2", "cuda:1", 1)])
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, rank, name, used):
+    """Random numbers, free memory and synchronisation are those of the current GPU. torchrun names it by LOCAL_RANK,
+    unless a user names it."""
+    asked, current = [], []
+    monkeypatch.setattr(torch, "ones", lambda *size, device: asked.append(device) or Kernel())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setenv("LOCAL_RANK", "2")  # left by something else, if there is no RANK
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert common_device.pick_device(name).index == used
+    assert current == ([] if used is None else [used]) and asked == [name if used is None else f"cuda:{used}"]
+
+
+@pytest.mark.parametrize("name, error, raised, words", [
+    ("cuda", torch.OutOfMemoryError("CUDA out of memory"), RuntimeError, "its memory is full"),
+    ("cuda", RuntimeError("CUDA error: out of memory"), RuntimeError, "its memory is full"),  # from the driver
+    ("cuda", RuntimeError("no kernel image is available"), ValueError, "does not support")])
+def test_a_gpu_that_is_full_or_too_old_is_named_as_such(monkeypatch, name, error, raised, words):
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(error))
+    with pytest.raises(raised, match=words):
+        common_device.pick_device(name)
+
+
+def test_auto_takes_the_cpu_where_the_gpu_is_too_old_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(RuntimeError("no kernel image is available")))
+    assert common_device.pick_device("auto").type == "cpu" and "no kernel image" in capsys.readouterr().out
+
+
+def test_dtype_follows_what_the_device_can(monkeypatch):
+    cuda, mps, cpu = (torch.device(name) for name in ("cuda", "mps", "cpu"))
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
+        assert common_device.pick_dtype("auto", cuda) == expected
+    assert common_device.pick_dtype("auto", mps) == common_device.pick_dtype("auto", cpu) == torch.float32
+    assert common_device.pick_dtype("float16", cpu) == torch.float16
+
+
+@pytest.mark.parametrize("width, has_units, expected", [
+    (255, True, torch.float32), (256, True, torch.bfloat16), (1024, True, torch.bfloat16),
+    (1024, False, torch.float32), (0, True, torch.float32)])  # 0: to score and to sample
+def test_a_cpu_with_bfloat16_units_trains_in_bfloat16_at_width_256_or_more(monkeypatch, width, has_units, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units, raising=False)
+    monkeypatch.setattr(common_device, "HAS_BFLOAT16", lambda: has_units, raising=False)
+    assert Place(common_device.DeviceConfig(device="cpu"), training_width=width).dtype == expected
+    assert Place(common_device.DeviceConfig(device="cpu", dtype="float16"), training_width=width).dtype == torch.float16
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_the_random_state_of_the_device_is_saved_and_restored(monkeypatch, device):
+    place, restored = Place(DeviceConfig(device="cpu")), []
+    place.device = SimpleNamespace(type=device)
+    monkeypatch.setattr(getattr(torch, device), "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(getattr(torch, device), "set_rng_state", restored.append)
+    state = place.get_rng_state()
+    drawn = torch.rand(3)
+    place.set_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn) and restored == [torch.tensor([7])]
+    place.device = SimpleNamespace(type="cpu")
+    place.set_rng_state(state)  # a run that goes on elsewhere
+    assert torch.equal(torch.rand(3), drawn) and len(restored) == 1
+
+
+@pytest.mark.parametrize("gpu, triton, c_compiler, headers, expected", [
+    ((8, 6), True, "gcc", True, True), ((7, 0), True, "clang", True, True), ((8, 6), True, "/opt/cc", True, True),
+    ((6, 1), True, "gcc", True, False), ((8, 6), False, "gcc", True, False), ((8, 6), True, None, True, False),
+    ((8, 6), True, "gcc", False, False)])
+def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, tmp_path, gpu, triton, c_compiler, headers,
+                                                        expected):
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *which: str(tmp_path))
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == c_compiler else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    cuda = torch.device("cuda")
+    assert common_device.pick_compile(None, cuda) is expected
+    assert common_device.pick_compile(True, cuda) is True and common_device.pick_compile(False, cuda) is False
+    assert common_device.pick_compile(None, CPU) is common_device.pick_compile(None, torch.device("mps")) is False
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_missing_is_one_line_with_a_remedy_that_works(dataset, tmp_path):
+    """In a process of its own: one that has compiled before looks for no compiler again."""
+    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "run"), "--compile"]
+    failed = subprocess.run([sys.executable, PROJECT / "train.py", *flags], env=env, capture_output=True, text=True,
+                            timeout=300)
+    last = failed.stderr.splitlines()[-1]
+    assert failed.returncode == 1 and "torch.compile failed" in last and "Traceback" not in failed.stderr
+    remedy = ["--resume", "--no-compile", "--out_dir", str(tmp_path / "run")]
+    assert "python train.py " + " ".join(remedy) in last
+    train.main(remedy)
+
+
+# --- memory
+
+
+def test_the_memory_that_training_is_said_to_need_is_the_sum_of_its_parts():
+    network = GPTConfig(block_size=4, vocab_size=10, n_layer=2, n_embd=8)
+    weights = 2 * 12 * 8 * 8 + 10 * 8  # four matrices per layer, and the embedding
+    kept = 3 * 4 * 2 * 22 * 8  # 22 vectors for each of 3 x 4 tokens and 2 layers
+    logits = 3 * 4 * 3 * 10  # with their gradient and their softmax, always in float32
+    assert common_device.memory_estimate(network, 3, torch.float32) == 16 * weights + 4 * kept + 4 * logits
+    assert common_device.memory_estimate(network, 3, torch.bfloat16) == 16 * weights + 2 * kept + 4 * logits
+
+
+@pytest.mark.parametrize("error, words, explained", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), " GB", True), (MemoryError(), " GB", True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), " GB", True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access", False)])
+def test_out_of_memory_names_the_flags_to_lower_and_an_estimate_and_another_error_is_shown_as_it_is(
+        dataset, tmp_path, monkeypatch, fails, error, words, explained):
+    def forward(*_):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path)])
+    assert code == 1 and words in lines[-1] and ("--batch_size" in lines[-1]) == explained
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(dataset, tmp_path, at_batch, capsys, stop_signal):
+    whole = run(dataset, tmp_path / "whole", "--max_iters", "12")
+    at_batch(7, lambda: os.kill(os.getpid(), stop_signal))
+    with pytest.raises(SystemExit) as ended:
+        run(dataset, tmp_path / "parts", "--max_iters", "12")
+    assert ended.value.code == 128 + stop_signal
+    assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["iter"] == 8
+    assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
+    assert_same_weights(whole, resumed(tmp_path / "parts"))
+    assert [line["iter"] for line in log(tmp_path / "parts")] == [0, 5, 10, 12]
+
+
+def test_a_second_interrupt_does_not_wait(dataset, tmp_path, at_batch):
+    at_batch(0, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, tmp_path, "--max_iters", "3")
+
+
+def refuse(number, frame):
+    raise AssertionError(f"signal {number} was not received by train.py")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_sighup_saves_as_sigterm_does_unless_nohup_ignores_it(dataset, tmp_path, at_batch):
+    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, refuse)  # by default it would end pytest
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(dataset, tmp_path / "stopped", "--max_iters", "12")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run(dataset, tmp_path / "nohup", "--max_iters", "12")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.value.code == 128 + signal.SIGHUP
+    assert [load_checkpoint(tmp_path / name / "ckpt.pt")["iter"] for name in ("stopped", "nohup")] == [8, 12]
+
+
+def train_at_a_terminal_that_closes(arguments):
+    """With a terminal as a process started by ssh has it. It closes in the eighth step, as at the end of a session."""
+    import fcntl  # not on Windows
+    import termios
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if the tests run under nohup, it is ignored
+    os.setsid()
+    terminal, own = os.openpty()
+    fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+    for stream in (1, 2):
+        os.dup2(own, stream)
+    os.close(own)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    draw = train.training_batch
+
+    def closing(*args):
+        if args[4] == 7:
+            os.close(terminal)
+        return draw(*args)
+
+    train.training_batch = closing
+    train.main(arguments)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path):
+    process = processes.Process(target=train_at_a_terminal_that_closes, args=(
+        [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"],))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGHUP and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 8
+
+
+# --- several processes
+
+
+def train_as_rank(rank, runs, ports, report):
+    """Several trainings, one after the other, in one of two processes. The parent process plays torchrun."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                      TORCHELASTIC_USE_AGENT_STORE="True")  # the parent's store, at MASTER_PORT
+    save, saved = train.save_checkpoint, []
+
+    def watched(path, checkpoint):
+        saved.append((path.name, checkpoint["iter"]))
+        save(path, checkpoint)
+
+    train.save_checkpoint = watched
+    results = []
+    for arguments, port in zip(runs, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        saved.clear()
+        try:
+            train.main(arguments)
+            results.append([step for name, step in saved if name == "ckpt.pt"])
+        except BaseException:
+            results.append(traceback.format_exc())
+    report.send(results)
+
+
+@pytest.fixture(scope="module")
+def two_processes(dataset, tmp_path_factory):
+    """The folder of runs of two processes, and what each gave: the steps of its ckpt.pt, or a traceback."""
+    folder = tmp_path_factory.mktemp("two")
+    new = [*TINY_FLAGS, "--dataset", dataset, "--gradient_accumulation_steps", "2", "--dropout", "0.2",
+           "--lr_decay_iters", "20", "--eval_interval", "100"]
+    runs = {"whole": [*new, "--out_dir", f"{folder}/whole", "--max_iters", "20"]}
+    for stop in (10, 7):
+        runs[f"to {stop}"] = [*new, "--out_dir", f"{folder}/{stop}", "--max_iters", str(stop)]
+        runs[f"from {stop}"] = ["--resume", "--out_dir", f"{folder}/{stop}", "--max_iters", "20"]
+    runs["minutes"] = [*new, "--out_dir", f"{folder}/minutes", "--max_iters", "25", "--save_minutes", "0"]
+    stores = [distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in runs]
+    ports, pipes = [store.port for store in stores], [processes.Pipe() for _ in range(2)]  # 0: any free port
+    ranks = [processes.Process(target=train_as_rank, args=(rank, list(runs.values()), ports, pipes[rank][1]))
+             for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        results = [pipe.recv() if pipe.poll(120) else ["no answer"] * len(runs) for pipe, _ in pipes]
+    finally:
+        for process in ranks:
+            process.kill()
+    return folder, dict(zip(runs, results[0]))
+
+
+@pytest.mark.parametrize("stop", [10, 7])
+def test_two_processes_resumed_at_any_step_end_with_the_weights_of_an_uninterrupted_run(two_processes, stop):
+    """Each has its own dropout, hence its own random state. At step 7 they do not agree on signals and the clock."""
+    folder, saved = two_processes
+    assert (saved["whole"], saved[f"to {stop}"], saved[f"from {stop}"]) == ([0, 20], [0, stop], [20])
+    assert_same_weights(load_checkpoint(folder / "whole" / "ckpt.pt"), load_checkpoint(folder / str(stop) / "ckpt.pt"))
+
+
+def test_two_processes_save_once_if_save_minutes_have_passed_and_not_until_they_agree_again(two_processes):
+    assert two_processes[1]["minutes"] == [0, 10, 20, 25]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
+    flags = ["--max_iters", "10", "--gradient_accumulation_steps", "4", "--optimizer", optimizer,
+             "--learning_rate", "2e-3", "--muon_learning_rate", "2e-3"]
+    one = run(dataset, tmp_path / "one", *flags)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               PROJECT / "train.py", *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path / "two", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+        assert a["iter"] == b["iter"] and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
+    torch.manual_seed(1)
+    start = GPT(GPTConfig(**one["config"])).state_dict()
+    for name, value in one["model"].items():
+        if optimizer == "adamw":
+            # as with accumulation: where a gradient is a rounding error, Adam's sign may differ
+            assert ((value - two["model"][name]).abs() < 1e-4).float().mean() > 0.99, name
+        else:  # Muon rounds to bfloat16, and small singular values become large: relative to the way from the start
+            assert (value - two["model"][name]).norm() < 0.1 * (value - start[name]).norm(), name
