@@ -15,7 +15,7 @@ import eval_extrapolation
 import sample
 import train
 from common import checkpoint as common_checkpoint
-from common.checkpoint import init_weights, load_checkpoint, load_model, save_checkpoint
+from common.checkpoint import copy_matching_weights, load_checkpoint, load_model, save_checkpoint
 from model import GPT, GPTConfig
 from tests.conftest import TINY_FLAGS, all_logits, constant_checkpoint, tiny
 
@@ -110,7 +110,7 @@ def test_a_nanogpt_checkpoint_is_the_same_network(tmp_path, capsys):
 
 def test_the_same_weights_give_the_same_logits_after_init():
     source, model = tiny("hope"), GPT(GPTConfig(**asdict(tiny("hope").config)))
-    init_weights(model, {"config": asdict(source.config), "model": source.state_dict()})
+    copy_matching_weights(model, {"config": asdict(source.config), "model": source.state_dict()})
     idx = torch.randint(50, (1, 20))
     assert torch.equal(all_logits(model.eval(), idx), all_logits(source, idx))
 
@@ -118,7 +118,7 @@ def test_the_same_weights_give_the_same_logits_after_init():
 def test_values_of_another_encoding_are_not_taken_for_its_own():
     """KERPLE's r1 in the long layers of one model, in the short layers of the other."""
     old, new = tiny("kerple"), tiny("t5", local_pe="kerple", window_pattern="SL", window=4)
-    taken, added, dropped = init_weights(new, {"config": asdict(old.config), "model": old.state_dict()})
+    taken, added, dropped = copy_matching_weights(new, {"config": asdict(old.config), "model": old.state_dict()})
     assert set(dropped) == {"transformer.wpe.r1", "transformer.wpe.r2"}
     assert set(added) == {"transformer.wpe.table", "transformer.wpe_local.r1", "transformer.wpe_local.r2"}
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import sysconfig
 import traceback
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from torch import distributed
 import train
 from common import device as common_device
 from common.checkpoint import load_checkpoint
-from common.device import DeviceConfig, Place
+from common.device import Device, DeviceConfig
 from model import GPT, GPTConfig
 from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run
 
@@ -92,22 +91,22 @@ def test_dtype_follows_what_the_device_can(monkeypatch):
 def test_a_cpu_with_bfloat16_units_trains_in_bfloat16_at_width_256_or_more(monkeypatch, width, has_units, expected):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units, raising=False)
     monkeypatch.setattr(common_device, "HAS_BFLOAT16", lambda: has_units, raising=False)
-    assert Place(common_device.DeviceConfig(device="cpu"), training_width=width).dtype == expected
-    assert Place(common_device.DeviceConfig(device="cpu", dtype="float16"), training_width=width).dtype == torch.float16
+    assert Device(DeviceConfig(device="cpu"), training_width=width).dtype == expected
+    assert Device(DeviceConfig(device="cpu", dtype="float16"), training_width=width).dtype == torch.float16
 
 
-@pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_the_random_state_of_the_device_is_saved_and_restored(monkeypatch, device):
-    place, restored = Place(DeviceConfig(device="cpu")), []
-    place.device = SimpleNamespace(type=device)
-    monkeypatch.setattr(getattr(torch, device), "get_rng_state", lambda: torch.tensor([7]))
-    monkeypatch.setattr(getattr(torch, device), "set_rng_state", restored.append)
-    state = place.get_rng_state()
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_random_state_of_the_device_is_saved_and_restored(monkeypatch, kind):
+    device, restored = Device(DeviceConfig(device="cpu")), []
+    device.type = kind
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", restored.append)
+    state = device.get_rng_state()
     drawn = torch.rand(3)
-    place.set_rng_state(state)
+    device.set_rng_state(state)
     assert torch.equal(torch.rand(3), drawn) and restored == [torch.tensor([7])]
-    place.device = SimpleNamespace(type="cpu")
-    place.set_rng_state(state)  # a run that goes on elsewhere
+    device.type = "cpu"
+    device.set_rng_state(state)  # a run that goes on elsewhere
     assert torch.equal(torch.rand(3), drawn) and len(restored) == 1
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -22,7 +23,7 @@ import torch
 import train
 from common import device as common_device
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
-from common.device import Place
+from common.device import Device
 from data.loader import open_dataset, token_tensor
 from data.prepare import prepare
 from model import GPT, PE
@@ -91,10 +92,10 @@ def new_run(dataset, tmp_path, *flags, rank=0):
     """A Run that has not made a step, in the process of a rank."""
     network, config, _ = train.parse([*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "none"), *flags])
     meta, ids = open_dataset(dataset)
-    place = Place(config, training_width=network.n_embd)
-    place.rank = rank
-    ids = {name: token_tensor(part, place.device) for name, part in ids.items()}
-    return train.Run(replace(network, vocab_size=meta["vocab_size"]), config, meta, ids, place)
+    device = Device(config, training_width=network.n_embd)
+    device.rank = rank
+    ids = {name: token_tensor(part, device.torch_device) for name, part in ids.items()}
+    return train.Run(replace(network, vocab_size=meta["vocab_size"]), config, meta, ids, device)
 
 
 def gradient_norms(one_run):
@@ -136,26 +137,33 @@ def test_each_process_draws_its_own_dropout_and_all_start_from_the_same_weights(
         assert (losses[0] == losses[1]) == same
 
 
-@pytest.mark.parametrize("value, where", [(math.nan, "loss"), (1000.0, "loss"), (math.inf, "gradient")])
+@pytest.mark.parametrize("value, where", [(math.nan, "loss"), (1000.0, "loss"), (math.inf, "gradient"),
+                                          (math.nan, "validation loss"), (1000.0, "validation loss")])
 def test_a_diverging_run_stops_with_step_and_rate_and_keeps_the_last_good_checkpoint(
         dataset, tmp_path, monkeypatch, fails, value, where):
+    """The weights before step 14 are good, those after it are bad: what is saved is what was judged."""
     forward, norm = GPT.forward, torch.nn.utils.clip_grad_norm_
     steps = []
 
     def diverging(self, idx, targets=None, cache=None):
         logits, loss = forward(self, idx, targets, cache)
         steps.extend([1] * self.training)
-        return logits, loss + (value if self.training and len(steps) == 14 and where == "loss" else 0)
+        bad = len(steps) == 14 and where == ("loss" if self.training else "validation loss")
+        return logits, loss + (value if bad else 0)
 
     monkeypatch.setattr(GPT, "forward", diverging)
     if where == "gradient":
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_",
                             lambda *args: norm(*args) * (value if len(steps) == 14 else 1))
+    evaluations = ["--eval_interval", "2"] if where == "validation loss" else ["--save_interval", "7"]
     code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "30",
-                                "--save_interval", "7"])
-    assert code == 1 and "step 14" in lines[-1] and "learning rate" in lines[-1] and "holds step 10" in lines[-1]
+                                *evaluations])
+    saved = 12 if where == "validation loss" else 10
+    assert code == 1 and "step 14" in lines[-1] and "learning rate" in lines[-1] and where in lines[-1]
+    assert f"holds step {saved}" in lines[-1]
     checkpoint = load_checkpoint(tmp_path / "ckpt.pt")
-    assert checkpoint["iter"] == 10 and all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert checkpoint["iter"] == saved and all(value.isfinite().all() for value in checkpoint["model"].values())
+    assert all(math.isfinite(line["val_loss"] or 0) for line in log(tmp_path) if "val_loss" in line)  # null, not NaN
 
 
 @pytest.mark.parametrize("factor, ends", [(2.9, True), (3.1, False)])
@@ -207,11 +215,14 @@ def test_a_log_line_has_the_mean_training_loss_since_the_line_before(dataset, tm
 def test_if_there_is_no_terminal_each_line_of_the_log_is_printed_once(dataset, tmp_path, capsys):
     run(dataset, tmp_path, "--max_iters", "10", "--log_interval", "2")
     captured = capsys.readouterr()
-    printed = [line for line in captured.out.splitlines() if line.startswith("iter ")]
-    assert [int(line.split(",")[0].split()[1]) for line in printed] == [0, 2, 4, 5, 6, 8, 10]
-    for line, logged in zip(printed, log(tmp_path)):
-        shown = dict(part.split() for part in line.split(", "))
-        assert {name: float(value) for name, value in shown.items()} == pytest.approx(logged, rel=1e-5)
+    printed = [line for line in captured.out.splitlines() if line.startswith("step ")]
+    logged = log(tmp_path)
+    assert [line["iter"] for line in logged] == [0, 2, 4, 5, 6, 8, 10]
+    for text, line in zip(printed, logged, strict=True):
+        shown = re.fullmatch(r"step (\d+) of 10, (\d+) s: (.*)", text)
+        losses = {name: f"{line[name]:.4f}" for name in ("train_loss", "val_loss") if name in line}
+        assert int(shown[1]) == line["iter"] and abs(int(shown[2]) - line["seconds"]) <= 1
+        assert dict(part.split() for part in shown[3].split(", ")) == losses
     assert captured.err == ""  # no progress bar in the file of a job
 
 
@@ -224,23 +235,22 @@ def test_at_a_terminal_there_is_a_progress_bar_and_no_line_per_evaluation(datase
     monkeypatch.setattr(sys, "stdout", Terminal())
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(dataset, tmp_path, "--max_iters", "10")
-    assert "10/10" in sys.stderr.getvalue() and "iter " not in sys.stdout.getvalue()
+    assert "10/10" in sys.stderr.getvalue() and "step 10" not in sys.stdout.getvalue()
 
 
 def test_what_is_piped_into_a_file_has_the_lines_although_the_terminal_has_the_bar(dataset, tmp_path, monkeypatch,
                                                                                    capsys):
     monkeypatch.setattr(sys, "stderr", Terminal())
     run(dataset, tmp_path, "--max_iters", "10")
-    assert "10/10" in sys.stderr.getvalue() and "iter 10," in capsys.readouterr().out
+    assert "10/10" in sys.stderr.getvalue() and "step 10 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
 def test_a_reader_that_leaves_or_a_disk_that_is_full_does_not_end_the_training(dataset, tmp_path, monkeypatch, error):
-    """As with `train.py | head -1` or `train.py > log`. What fails is each line, here from the first evaluation on."""
+    """As with `train.py | head -1` or `train.py > log`. What fails is each line, from the first one on."""
     class Closed(io.StringIO):
         def write(self, text):
-            if text.startswith("iter"):
-                raise error
+            raise error
 
     monkeypatch.setattr(sys, "stdout", Closed())
     run(dataset, tmp_path, "--max_iters", "10")
@@ -397,7 +407,8 @@ def test_resuming_on_a_full_disk_keeps_the_log(finished_run, tmp_path, monkeypat
 
 def test_a_file_that_cannot_be_written_does_not_count_as_written(dataset, tmp_path, monkeypatch):
     one_run = new_run(dataset, tmp_path)
-    one_run.iter = 3
+    for _ in range(3):
+        one_run.step()
     monkeypatch.setattr(train, "save_checkpoint", full_disk)
     one_run.evaluate()
     one_run.save()
@@ -463,7 +474,7 @@ def train_quietly(arguments):
     train.main(arguments)
 
 
-def train_in_a_process(dataset, out_dir, flags):
+def train_in_a_process(dataset, out_dir, *flags):
     """Start a run, or go on with the one in out_dir."""
     arguments = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(out_dir), *flags]
     resume = ["--resume"] * (Path(out_dir) / "ckpt.pt").exists()
@@ -472,13 +483,13 @@ def train_in_a_process(dataset, out_dir, flags):
     return process
 
 
-def kill_and_resume(dataset, tmp_path, kills, flags):
+def kill_and_resume(dataset, tmp_path, kills, save_interval, *flags):
     """Weights and log of a run that is killed so many times at random moments are those of an undisturbed one."""
     undisturbed = run(dataset, tmp_path / "whole", *flags)
     wait, path, killed_at = random.Random(0), tmp_path / "killed" / "ckpt.pt", []
     for _ in range(kills):
         before = path.stat().st_mtime_ns if path.exists() else None
-        process = train_in_a_process(dataset, tmp_path / "killed", flags)
+        process = train_in_a_process(dataset, tmp_path / "killed", *flags, "--save_interval", save_interval)
         while not path.exists() or path.stat().st_mtime_ns == before:  # until it has saved something of its own
             assert process.exitcode is None, "the run ended before it could be killed: give it more steps"
             time.sleep(0.001)
@@ -487,7 +498,7 @@ def kill_and_resume(dataset, tmp_path, kills, flags):
         process.join()
         killed_at.append(load_checkpoint(path)["iter"])   # whole, at whatever moment the kill came
     assert killed_at == sorted(killed_at) and len(set(killed_at)) > kills / 2
-    process = train_in_a_process(dataset, tmp_path / "killed", flags)
+    process = train_in_a_process(dataset, tmp_path / "killed", *flags, "--save_interval", "1000000")
     process.join()
     assert process.exitcode == 0
     assert_same_weights(undisturbed, load_checkpoint(path))
@@ -495,13 +506,13 @@ def kill_and_resume(dataset, tmp_path, kills, flags):
 
 
 def test_killed_twenty_times_and_resumed_a_run_ends_with_the_weights_of_an_undisturbed_one(dataset, tmp_path):
-    flags = ["--max_iters", "600", "--save_interval", "3", "--eval_interval", "20", "--dropout", "0.1"]
-    kill_and_resume(dataset, tmp_path, 20, flags)
+    kill_and_resume(dataset, tmp_path, 20, "3", "--max_iters", "600", "--eval_interval", "50", "--dropout", "0.1")
 
 
 @pytest.mark.slow
 def test_killed_two_hundred_times(dataset, tmp_path):
-    kill_and_resume(dataset, tmp_path, 200, ["--max_iters", "4000", "--save_interval", "2"])
+    kill_and_resume(dataset, tmp_path, 200, "2", "--max_iters", "4000", "--eval_interval", "100")
+
 
 COMPUTED = ["--learning_rate 1e-4", "--muon_learning_rate 1e-4", "--optimizer adamw", "--min_lr 1e-5", "--beta2 0.9",
             "--muon_momentum 0.8", "--weight_decay 0.3", "--warmup_iters 5", "--lr_decay_iters 99", "--grad_clip 0.7",
