@@ -210,12 +210,12 @@ def test_sighup_saves_as_sigterm_does_unless_nohup_ignores_it(dataset, tmp_path,
     assert [load_checkpoint(tmp_path / name / "ckpt.pt")["iter"] for name in ("stopped", "nohup")] == [8, 12]
 
 
-def train_at_a_terminal_that_closes(arguments):
+def train_at_a_terminal_that_closes(hangup, arguments):
     """With a terminal as a process started by ssh has it. It closes in the eighth step, as at the end of a session."""
     import fcntl  # not on Windows
     import termios
 
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # if the tests run under nohup, it is ignored
+    signal.signal(signal.SIGHUP, hangup)
     os.setsid()
     terminal, own = os.openpty()
     fcntl.ioctl(own, termios.TIOCSCTTY, 0)
@@ -231,16 +231,21 @@ def train_at_a_terminal_that_closes(arguments):
         return draw(*args)
 
     train.training_batch = closing
-    train.main(arguments)
+    try:
+        train.main(arguments)
+    finally:
+        sys.stdout = sys.stderr = None  # multiprocessing would flush them
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
-def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path):
-    process = processes.Process(target=train_at_a_terminal_that_closes, args=(
-        [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"],))
+@pytest.mark.parametrize("hangup, code, steps", [(signal.SIG_DFL, 129, 8), (signal.SIG_IGN, 0, 12)],
+                         ids=["plain", "nohup"])
+def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path, hangup, code, steps):
+    process = processes.Process(target=train_at_a_terminal_that_closes, args=(hangup, [
+        *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"]))
     process.start()
     process.join(60)
-    assert process.exitcode == 128 + signal.SIGHUP and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 8
+    assert process.exitcode == code and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == steps
 
 
 # --- several processes
@@ -270,6 +275,9 @@ def train_as_rank(rank, runs, ports, report):
     report.send(results)
 
 
+STEPS = "--max_iters 10 --gradient_accumulation_steps 4 --learning_rate 2e-3 --muon_learning_rate 2e-3".split()
+
+
 @pytest.fixture(scope="module")
 def two_processes(dataset, tmp_path_factory):
     """The folder of runs of two processes, and what each gave: the steps of its ckpt.pt, or a traceback."""
@@ -281,6 +289,9 @@ def two_processes(dataset, tmp_path_factory):
         runs[f"to {stop}"] = [*new, "--out_dir", f"{folder}/{stop}", "--max_iters", str(stop)]
         runs[f"from {stop}"] = ["--resume", "--out_dir", f"{folder}/{stop}", "--max_iters", "20"]
     runs["minutes"] = [*new, "--out_dir", f"{folder}/minutes", "--max_iters", "25", "--save_minutes", "0"]
+    for name in ("muon", "adamw"):
+        runs[name] = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", f"{folder}/{name}", *STEPS, "--optimizer", name]
+    runs["odd"] = [*new, "--out_dir", f"{folder}/odd", "--gradient_accumulation_steps", "3"]
     stores = [distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in runs]
     ports, pipes = [store.port for store in stores], [processes.Pipe() for _ in range(2)]  # 0: any free port
     ranks = [processes.Process(target=train_as_rank, args=(rank, list(runs.values()), ports, pipes[rank][1]))
@@ -307,18 +318,16 @@ def test_two_processes_save_once_if_save_minutes_have_passed_and_not_until_they_
     assert two_processes[1]["minutes"] == [0, 10, 20, 25]
 
 
+def test_processes_that_cannot_share_the_micro_batches_evenly_are_refused(two_processes):
+    assert "ValueError: 2 processes cannot share --gradient_accumulation_steps 3 evenly" in two_processes[1]["odd"]
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
-    flags = ["--max_iters", "10", "--gradient_accumulation_steps", "4", "--optimizer", optimizer,
-             "--learning_rate", "2e-3", "--muon_learning_rate", "2e-3"]
-    one = run(dataset, tmp_path / "one", *flags)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               PROJECT / "train.py", *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path / "two", *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr
-    two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two")):
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path, two_processes, optimizer):
+    folder, saved = two_processes
+    assert saved[optimizer] == [0, 5, 10]
+    one, two = run(dataset, tmp_path, *STEPS, "--optimizer", optimizer), load_checkpoint(folder / optimizer / "ckpt.pt")
+    for a, b in zip(log(tmp_path), log(folder / optimizer), strict=True):
         assert a["iter"] == b["iter"] and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
         assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
     torch.manual_seed(1)
@@ -329,3 +338,13 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
             assert ((value - two["model"][name]).abs() < 1e-4).float().mean() > 0.99, name
         else:  # Muon rounds to bfloat16, and small singular values become large: relative to the way from the start
             assert (value - two["model"][name]).norm() < 0.1 * (value - start[name]).norm(), name
+
+
+def test_torchrun_starts_such_processes(dataset, tmp_path, two_processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               PROJECT / "train.py", *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path / "run", *STEPS]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    a, b = (load_checkpoint(path / "ckpt.pt") for path in (tmp_path / "run", two_processes[0] / "muon"))
+    assert_same_weights(a, b)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import eval_extrapolation
+from common import report
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import loader
 from model import PE
@@ -230,6 +231,7 @@ def test_evaluation_writes_the_table_the_json_and_the_picture(dataset, finished_
                              "--max_factor", "4", "--json", str(files[0]), "--plot", str(files[1])])
     out = capsys.readouterr().out
     assert "[0, 16)  " in out and "[32, 64)" in out and "±" in out and "is undefined" in out
+    assert [out.count(words) for words in ("perplexity", "minus loss with the last L tokens", "bits")] == [1, 1, 0]
     runs = json.loads(files[0].read_text())["runs"]
     assert [(r["name"], r["pe"], r["block_size"], r["windows"]) for r in runs] == [
         ("hope", "hope", 16, 5), ("rope", "rope", 16, 5), ("learned", "learned", 16, 5)]
@@ -239,17 +241,22 @@ def test_evaluation_writes_the_table_the_json_and_the_picture(dataset, finished_
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_evaluation_scores_a_text_file_without_any_data_folder(finished_run, tmp_path, capsys):
-    (tmp_path / "book.txt").write_text("one two three " * 50)
-    eval_extrapolation.main([finished_run, "--text", str(tmp_path / "book.txt"), "--windows", "3", "--max_factor", "2"])
-    assert "book.txt" in capsys.readouterr().out
+def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "print_table", closed)
+    with pytest.raises(BrokenPipeError):
+        evaluate(tmp_path, {"run": constant_checkpoint(THIRDS)}, "ab" * 100, "--max_factor", "2", "--plot",
+                 str(tmp_path / "r.png"))
+    assert json.loads((tmp_path / "r.json").read_text())["runs"] and (tmp_path / "r.png").exists()
 
 
-def test_flags_that_change_no_score_are_noted(tmp_path, capsys):
-    text = "ab" * 100
-    evaluate(tmp_path, {"still": constant_checkpoint(THIRDS)}, text, "--rope_scaling", "pi", "--max_factor", "2",
+def test_a_text_file_is_scored_without_any_data_folder_and_flags_that_change_no_score_are_noted(tmp_path, capsys):
+    evaluate(tmp_path, {"still": constant_checkpoint(THIRDS)}, "ab" * 100, "--rope_scaling", "pi", "--max_factor", "2",
              "--dataset", "data/any")
     out = capsys.readouterr().out
+    assert "text.txt" in out
     assert "note: --rope_scaling has no effect on still" in out and "note: --dataset has no effect with --text" in out
 
 

@@ -61,6 +61,7 @@ def test_a_command_of_nanogpt_is_met_with_what_to_do_here(tmp_path, fails, argum
 @pytest.mark.parametrize("given, without_effect", [
     ("--pe rope --hope_cutoff 3", ["hope_cutoff"]), ("--pe alibi --rope_base 3", ["rope_base"]),
     ("--pe hope --hope_cutoff 3", []), ("--window 4", ["window"]), ("--rope_factor 4", ["rope_factor"]),
+    ("--pe hope --rope_context 8", []), ("--pe rope --rope_context 8", ["rope_context"]),
     ("--pe prope --prope_fraction 0.5 --rope_base 500", []), ("--local_rope_base 9", ["local_rope_base"]),
     ("--pe rope --prope_fraction 0.5 --hope_cutoff 2", ["hope_cutoff", "prope_fraction"]),
     ("--pe nope --local_pe hope --window_pattern SL --window 4 --hope_cutoff 3", []),
