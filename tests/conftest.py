@@ -1,6 +1,7 @@
 """Shared by the tests: a tiny text, runs and models, and ways to call, watch and interrupt the scripts.
 
-Tests run on the CPU with one thread, whatever the machine has. NANOHOPE_TEST_DEVICE=1 leaves its GPU visible.
+Tests run on the CPU with one thread, whatever the machine has. NANOHOPE_TEST_DEVICE=cuda (or mps, ...) leaves its GPU
+visible, and runs the few tests that need one.
 """
 import base64
 import errno
@@ -28,11 +29,16 @@ TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd
 torch.set_num_threads(1)  # the bits of a sum depend on their number
 if "NANOHOPE_TEST_DEVICE" not in os.environ:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when a GPU is first asked for
-    torch.backends.mps.is_available = lambda: False
+    torch.accelerator.current_accelerator = lambda check_available=False: None
 
 # Children start as copies of a process that has imported all this already: seconds saved at each of them.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.conftest", "torch._dynamo"])  # AdamW imports the latter when first used
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
 
 
 # --- data and runs
@@ -103,12 +109,14 @@ def tiny(pe, **changes):
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_attn.weight.mul_(10)
-        for parameter in model.transformer.wpe.parameters():
-            parameter.add_(torch.rand_like(parameter))    # what an encoding learns, away from where it starts
+        for encoding in dict.fromkeys(model.encodings.values()):
+            for parameter in encoding.parameters():
+                parameter.add_(torch.rand_like(parameter))  # what an encoding learns, away from where it starts
     return model
 
 
 def all_logits(model, idx):
+    """Token ids (B, T) -> logits of all positions (B, T, V)."""
     return model(idx, targets=idx)[0]
 
 

@@ -5,6 +5,7 @@ Where a run computes: devices, number formats, torch.compile, memory; signals; s
     python -m pytest tests/test_device.py -m slow         a compiler that is missing
 """
 import importlib.util
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import traceback
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -21,8 +23,8 @@ import train
 from common import device as common_device
 from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig
-from model import GPT, GPTConfig
-from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run
+from model import GPT, PE, GPTConfig
+from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run, tiny
 
 CPU = torch.device("cpu")
 
@@ -70,8 +72,15 @@ def test_a_gpu_that_is_full_or_too_old_is_named_as_such(monkeypatch, name, error
         common_device.pick_device(name)
 
 
+@pytest.mark.parametrize("found, taken", [(None, "cpu"), ("mps", "mps"), ("xpu", "xpu")])
+def test_auto_takes_the_accelerator_that_there_is(monkeypatch, found, taken):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found and torch.device(found))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel())
+    assert common_device.pick_device("auto").type == taken
+
+
 def test_auto_takes_the_cpu_where_the_gpu_is_too_old_and_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(RuntimeError("no kernel image is available")))
     assert common_device.pick_device("auto").type == "cpu" and "no kernel image" in capsys.readouterr().out
 
@@ -80,7 +89,8 @@ def test_dtype_follows_what_the_device_can(monkeypatch):
     cuda, mps, cpu = (torch.device(name) for name in ("cuda", "mps", "cpu"))
     for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
-        assert common_device.pick_dtype("auto", cuda) == expected
+        assert common_device.pick_dtype("auto", cuda, training_width=32) == expected
+        assert common_device.pick_dtype("auto", cuda) == torch.float32  # scores can be compared with those of a CPU
     assert common_device.pick_dtype("auto", mps) == common_device.pick_dtype("auto", cpu) == torch.float32
     assert common_device.pick_dtype("float16", cpu) == torch.float16
 
@@ -123,10 +133,11 @@ def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, tmp_path, g
     monkeypatch.setattr(shutil, "which", lambda name: name if name == c_compiler else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
-    cuda = torch.device("cuda")
-    assert common_device.pick_compile(None, cuda) is expected
-    assert common_device.pick_compile(True, cuda) is True and common_device.pick_compile(False, cuda) is False
-    assert common_device.pick_compile(None, CPU) is common_device.pick_compile(None, torch.device("mps")) is False
+    cuda, pick = torch.device("cuda"), common_device.pick_compile
+    assert pick(None, cuda, 256, 1000) is expected and pick(None, cuda, 1024, 10**6) is expected
+    assert pick(None, cuda, 255, 1000) is pick(None, cuda, 256, 999) is False  # it would not pay
+    assert pick(True, cuda, 32, 1) is True and pick(False, cuda, 256, 1000) is False
+    assert pick(None, CPU, 256, 1000) is pick(None, torch.device("mps"), 256, 1000) is False
 
 
 @pytest.mark.slow
@@ -143,6 +154,56 @@ def test_a_compiler_that_is_missing_is_one_line_with_a_remedy_that_works(dataset
     train.main(remedy)
 
 
+# --- a device that computes wrongly
+
+
+@pytest.mark.parametrize("fault, words", [
+    (lambda logits, idx, cache: logits, None),
+    (lambda logits, idx, cache: logits + idx[:, -1:, None], "attention sees later tokens"),
+    (lambda logits, idx, cache: logits + 1, "logits differ from the CPU's"),
+    (lambda logits, idx, cache: logits * math.nan, "computes wrongly"),
+    (lambda logits, idx, cache: logits + (cache is not None), "through the cache")])
+def test_a_device_that_computes_wrongly_is_named_before_it_is_used(monkeypatch, fault, words):
+    """The CPU plays the device: what is computed inside autocast() has the fault."""
+    device, model, forward, inside = Device(DeviceConfig(device="cpu")), tiny("rope").train(), GPT.forward, []
+
+    @contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def faulty(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        return (fault(logits, idx, cache) if inside else logits), loss
+
+    monkeypatch.setattr(GPT, "forward", faulty)
+    common_device.check_computation(model, device)  # nothing: it is a CPU
+    assert not inside
+    device.type, device.autocast = "mps", autocast
+    if words is None:
+        common_device.check_computation(model, device)
+        assert model.training
+    else:
+        with pytest.raises(RuntimeError, match=f"{words}.*--device cpu" if "computes" not in words else words):
+            common_device.check_computation(model, device)
+
+
+GPU = os.environ.get("NANOHOPE_TEST_DEVICE")
+
+
+@pytest.mark.skipif(not GPU, reason="set NANOHOPE_TEST_DEVICE to cuda, mps or xpu")
+def test_a_gpu_computes_what_the_cpu_computes_and_resumes_exactly(dataset, tmp_path):
+    for pe in PE:
+        for dtype in ("float32", "float16", "bfloat16"):
+            device = Device(DeviceConfig(device=GPU, dtype=dtype))
+            common_device.check_computation(tiny(pe).to(device.torch_device), device)
+    flags = ["--device", GPU, "--dropout", "0.2", "--lr_decay_iters", "20"]
+    whole = run(dataset, tmp_path / "whole", *flags, "--max_iters", "20")
+    run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
+    assert_same_weights(whole, resumed(tmp_path / "parts", "--max_iters", "20"))
+
+
 # --- memory
 
 
@@ -153,6 +214,14 @@ def test_the_memory_that_training_is_said_to_need_is_the_sum_of_its_parts():
     logits = 3 * 4 * 3 * 10  # with their gradient and their softmax, always in float32
     assert common_device.memory_estimate(network, 3, torch.float32) == 16 * weights + 4 * kept + 4 * logits
     assert common_device.memory_estimate(network, 3, torch.bfloat16) == 16 * weights + 2 * kept + 4 * logits
+
+
+def test_the_memory_that_is_needed_and_the_free_memory_of_a_gpu_are_said_first(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "memory_estimate", lambda *_: 2.34e9)
+    for free, words in ((None, "about 2.3 GB needed"), (7.8e9, "about 2.3 GB needed, 7.8 GB free")):
+        monkeypatch.setattr(Device, "free_memory", lambda device, free=free: free)
+        run(dataset, tmp_path / words, "--max_iters", "1")
+        assert f"memory    {words}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error, words, explained", [

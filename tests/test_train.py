@@ -183,6 +183,28 @@ def test_a_loss_of_three_times_a_uniform_guess_counts_as_diverged_and_less_does_
             run(dataset, tmp_path, "--max_iters", "2")
 
 
+@pytest.mark.parametrize("n_overflows", [3, 100])
+def test_gradients_that_overflow_in_float16_are_counted_and_end_the_run_if_none_does_not(dataset, tmp_path, monkeypatch,
+                                                                                       capsys, n_overflows):
+    """The derivative of a square root of 0 is infinite, while the loss stays as it is."""
+    forward, calls = GPT.forward, []
+
+    def overflowing(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        calls.extend([1] * self.training)
+        return logits, loss + (0 * self.lm_head.weight.sum()).sqrt() if len(calls) <= n_overflows else loss
+
+    monkeypatch.setattr(GPT, "forward", overflowing)
+    flags = ["--dtype", "float16", "--max_iters", "30"]
+    if n_overflows == 3:
+        run(dataset, tmp_path, *flags)
+        assert "in 3 of 30 steps the gradient overflowed" in capsys.readouterr().out
+    else:
+        with pytest.raises(RuntimeError, match="last 20 gradients overflowed.*--dtype float32.*still holds step 15"):
+            run(dataset, tmp_path, *flags)
+        assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 15
+
+
 # --- the log and what is printed
 
 
