@@ -160,8 +160,8 @@ def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
         ids = encode_checked(tokenizer, content, smallest)
         if unknown := tokenizer.unknown_characters(content):
             n = int((ids == tokenizer.unknown).sum())
-            print(f"note: the model has never seen {n:,} of the {len(content):,} characters ({n / len(content):.1%}) and "
-                  f"reads U+FFFD in their place: {shown(unknown)}")
+            print(f"note: the model has never seen {n:,} of the {len(content):,} characters ({n / len(content):.1%}) "
+                  f"and reads U+FFFD in their place: {shown(unknown)}")
         return ids, text, sha256(content.encode()), tokenizer
     source, data, ids = dataset_to_score(checkpoints[0]["dataset"], names[0], dataset)
     if data["tokenizer"] != saved:

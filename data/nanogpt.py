@@ -52,10 +52,6 @@ def read_meta_pkl(path):
     return {"kind": "char", "chars": chars}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data folders
-
-
 def is_data_folder(path):
     """Whether a folder holds ids, but neither a data set of this project nor the remains of one."""
     return (path / "train.bin").exists() and not (path / "meta.json").exists() and not (path / "bpe.tiktoken").exists()
@@ -72,31 +68,29 @@ def open_data_folder(path):
     else:
         tokenizer, vocab_size = {"kind": "gpt2"}, GPT2_SIZES[0]
         print(f"note: {path} has neither meta.json nor meta.pkl; its tokens are taken for GPT-2's, as in nanoGPT")
-    files, splits = {part: path / f"{part}.bin" for part in ("train", "val")}, {}
-    for part, file in files.items():
-        try:
-            ids = splits[part] = np.memmap(file, dtype=np.uint16, mode="c")
-        except (ValueError, OSError) as error:  # empty, missing, or an odd number of bytes
-            raise ValueError(f"{file} does not hold ids of two bytes each: {error}") from error
-        if ids.max() >= vocab_size:
-            raise ValueError(f"{file} has an id of {ids.max()}, but the largest in the vocabulary is {vocab_size - 1}")
-    if tokenizer["kind"] == "gpt2" and splits["val"].max() < 256:
-        raise ValueError(f"the ids in {path} are too small for GPT-2's tokens: meta.json or meta.pkl is missing")
+    files = {part: path / f"{part}.bin" for part in ("train", "val")}
+    try:
+        splits = {part: np.memmap(file, dtype=np.uint16, mode="c") for part, file in files.items()}
+        largest = max(ids.max() for ids in splits.values())
+        if largest >= vocab_size:
+            raise ValueError(f"it has an id of {largest}, but the largest in the vocabulary is {vocab_size - 1}")
+        if tokenizer["kind"] == "gpt2" and largest < 256:
+            raise ValueError("its ids are too small for GPT-2's tokens, so meta.json or meta.pkl is missing")
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} is not a data folder of nanoGPT or of this project: {error}") from error
     return {"source": str(path), "sha256": sha256("".join(map(sha256_of, files.values())).encode()),
             "tokenizer": tokenizer, "vocab_size": vocab_size,
             "tokens": {part: len(ids) for part, ids in splits.items()}}, splits
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: load_checkpoint() gives those of nanoGPT with None for the tokenizer
-
-
 def fill_in_tokenizers(checkpoints, meta=None):
-    """Set the tokenizer of the checkpoints that have none. meta: path of a meta.pkl with their characters.
+    """Set the tokenizer of checkpoints without one (None). meta: path of a meta.pkl with their characters.
 
     Without it, the size of the vocabulary decides. Raises ValueError if that is unknown or does not fit meta.
     """
     lacking = [checkpoint for checkpoint in checkpoints if not checkpoint["tokenizer"]]
+    if meta and not lacking:
+        print("note: --meta has no effect: the checkpoint holds its tokenizer")
     for checkpoint in lacking:
         size = checkpoint["config"]["vocab_size"]
         if meta:
@@ -107,21 +101,16 @@ def fill_in_tokenizers(checkpoints, meta=None):
             checkpoint["tokenizer"] = {"kind": "gpt2"}
         elif size == len(SHAKESPEARE_CHARS):
             checkpoint["tokenizer"] = {"kind": "char", "chars": SHAKESPEARE_CHARS}
-            print(f"note: the checkpoint does not say which characters its {size} tokens are; nanoGPT's "
-                  "shakespeare_char is assumed (--meta PATH/meta.pkl names another set)")
+            print("note: the checkpoint does not say which characters its 65 tokens are; nanoGPT's shakespeare_char is "
+                  "assumed (--meta PATH/meta.pkl names another set)")
         else:
             raise ValueError(f"this nanoGPT checkpoint has a vocabulary of {size} tokens and does not say which; only "
                              "those of GPT-2 (50257, 50304) and shakespeare_char (65) are known: add --meta "
                              "PATH/meta.pkl")
-    if meta and not lacking:
-        print("note: --meta has no effect: the checkpoint holds its tokenizer")
 
 
 def adopt_tokenizer(checkpoint, name, meta):
-    """Set the tokenizer of a checkpoint that has none and whose training goes on with a data set.
-
-    name, meta: of the data set. A vocabulary of the same size is taken for the same.
-    """
+    """Set the tokenizer of a checkpoint without one to that of a data set (name, meta) that has as many tokens."""
     if not checkpoint["tokenizer"] and checkpoint["config"]["vocab_size"] == meta["vocab_size"]:
         checkpoint["tokenizer"] = meta["tokenizer"]
         print(f"note: the checkpoint does not say what its {meta['vocab_size']:,} tokens are; they are taken for those "

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -51,10 +52,7 @@ def sha256_of(path):
 
 
 def fetch(file):
-    """The path of a file in the cache; it is downloaded if it is not there yet.
-
-    Raises OSError with the remedy if the download fails or its sha256 is wrong.
-    """
+    """The path of a file in the cache, downloaded if it is not there yet. Raises OSError with the remedy."""
     path = CACHE / file.name
     if path.exists() and file.sha256 in (None, sha256_of(path)):
         return path
@@ -77,10 +75,8 @@ def over_http(file, path):
     request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
         size = answer.length  # None if the server does not say
-        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
-            while block := answer.read(2**16):
-                out.write(block)
-                bar.update(len(block))
+        with tqdm.wrapattr(answer, "read", total=size, desc=path.name, leave=False, disable=None) as body:
+            shutil.copyfileobj(body, out)
     if size and path.stat().st_size < size:  # a connection that is closed early ends like a complete file
         raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
 
@@ -183,8 +179,8 @@ def read_own(sources):
     if copies := len(files) - len(skipped) - len(documents):
         print(f"note: skipped {copies} files that are exact copies of others")
     if marked := [file for file in documents.values() if file.suffix.lower() in MARKED_UP]:
-        print(f"note: {len(marked)} files, such as {marked[0]}, are read as they are, with all their markup: to train on "
-              "the text alone, extract it to .txt files, one per document")
+        print(f"note: {len(marked)} files, such as {marked[0]}, are read as they are, markup included: to train on the "
+              "text alone, extract it to .txt files, one per document")
     return list(documents)
 
 
@@ -224,24 +220,19 @@ def read_text(path):
     return to_text(path.read_bytes(), path)
 
 
-BYTE_ORDER_MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32",  # before UTF-16: it starts like it
-                    codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
-
-
 def to_text(raw, name, encoding="utf-8"):
     """Bytes as text with Unix line ends. Raises ValueError, which names the file, if they are not text."""
-    for mark, found in BYTE_ORDER_MARKS.items():
-        if raw.startswith(mark):
-            raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # UTF-32-LE: as UTF-16-LE
+        found = "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
+        raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
     if b"\0" in raw:
         raise ValueError(f"{name} is a binary file: only text can be read")
     try:
-        return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # the mark that Windows puts before UTF-8
+        return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # Windows' byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: the byte at offset {error.start:,} is 0x{raw[error.start]:02x}. If "
-                         "only this place is damaged, correct it. If the file has another encoding, convert it with "
-                         "`iconv -f ENCODING -t utf-8`, such as cp1252, shift_jis or gb18030, and check the result"
-                         ) from error
+        raise ValueError(f"{name} is not UTF-8 text: the byte at offset {error.start:,} is 0x{raw[error.start]:02x}. "
+                         "Correct this place if only this is damaged. Else convert the file from its encoding (cp1252, "
+                         "shift_jis, ...) with `iconv -f ENCODING -t utf-8`, and check the result") from error
 
 
 def unix_lines(text):
