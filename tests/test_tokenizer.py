@@ -28,7 +28,8 @@ ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキス
 @pytest.fixture(scope="module")
 def code():
     """200,000 characters of Python."""
-    return "".join(path.read_text(encoding="utf-8") for path in sorted(Path(np.__file__).parent.rglob("lib/*.py")))[:200_000]
+    files = sorted(Path(np.__file__).parent.rglob("lib/*.py"))
+    return "".join(path.read_text(encoding="utf-8") for path in files)[:200_000]
 
 
 @pytest.fixture(scope="module")
