@@ -64,12 +64,32 @@ def test_merges_equal_those_of_recounting_everything_on_200_kb(code):
 def test_merges_equal_those_of_recounting_everything_on_texts_full_of_ties_and_runs():
     for seed in range(25):
         generator = random.Random(seed)
-        alphabet = generator.choice(["a", "ab", "aé ", "ab1 \n", "日本 a"])
+        alphabet = generator.choice(["a", "ab", "aé ", "ab1 \n", "日本 a", "日本、語。", "ไทยក្ខា "])
         text = "".join(generator.choice(alphabet) * generator.randint(1, 6) for _ in range(generator.randint(1, 80)))
         tokens, ids = recount_everything(text, 300)
         assert train_bpe([text], 300) == tokens, seed
         assert BPETokenizer.for_text([text], "ascii", 301).encode(text).tolist() == ids, seed
         assert len(set(tokens)) == len(tokens)  # no token twice
+
+
+def test_a_merge_counts_only_the_pairs_beside_it(monkeypatch):
+    """Whole pieces were counted again: 10 MB of Chinese, whose pieces are long and seldom repeat, took minutes."""
+    class Counting(tokenizer.Counter):
+        def __setitem__(self, key, value):
+            writes.append(key)
+            super().__setitem__(key, value)
+
+    writes, generator = [], random.Random(0)
+    monkeypatch.setattr(tokenizer, "Counter", Counting)
+    pairs = tokenizer.PairCounts(["".join(generator.choice("日本語文字") for _ in range(3000))])
+    writes.clear()
+    before = sum(map(len, pairs.words))
+    for new in range(256, 260):
+        pairs.merge(max(pairs.counts, key=pairs.counts.get), chr(new))
+    assert len(writes) <= 4 * (before - sum(map(len, pairs.words))) and before > 8000
+    recounted = tokenizer.Counter(a + b for word, n in zip(pairs.words, pairs.weights) for a, b in zip(word, word[1:])
+                                  for _ in range(n))
+    assert +pairs.counts == recounted
 
 
 def test_learning_stops_if_nothing_repeats():
