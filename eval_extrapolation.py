@@ -22,7 +22,6 @@ import torch
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
-from common.groups import group_by_seed, print_groups
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
@@ -234,8 +233,6 @@ def make_parser():
     add("--windows", type=count, default=32, help="windows to average over")
     add("--batch_size", type=count, help="windows at a time: affects memory, not results; default: as many as fit in "
         "half a GB, or in half of a GPU's free memory")
-    add("--group_by_seed", action="store_true", help="average runs that differ in their seed alone: mean and standard "
-        "deviation over seeds, differences paired by seed")
     add("--chunk", type=count, default=128, help="tokens of a window at a time: affects memory, not results")
     report.add_output_flags(parser, "perplexity by position")
     flags.add_scaling_flags(parser, several=True)
@@ -305,13 +302,12 @@ def main(argv=None):
         print(f"note: --rope_scaling has no effect on {', '.join(fixed)}: nothing rotates there")
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)
     runs = score_runs(args, checkpoints, names, windows, edges, characters, place)
-    groups = group_by_seed(runs) if args.group_by_seed else []
-    print_groups(groups) if groups else print_tables(runs)
+    print_tables(runs)
     if args.json:
         report.write_json(args.json, "eval_extrapolation.py", {
-            "runs": [{**run, "dataset_sha256": text_sha256} for run in runs], **({"groups": groups} if groups else {})})
+            "runs": [{**run, "dataset_sha256": text_sha256} for run in runs]})
     if args.plot:
-        plot(groups or runs, args.plot)
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":
