@@ -203,7 +203,7 @@ def main(argv=None):
     parser = flags.ArgumentParser("Draw the losses of runs, finished or not, or the perplexity of sweeps against the "
                                   "value of a flag (needs matplotlib).")
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="OUT_DIR|FILE.json", help="folders of runs, or what experiments.sweep --json wrote")
+    add("inputs", nargs="+", metavar="OUT_DIR|FILE.json", help="folders of runs, or JSON files of experiments.sweep")
     add("--x", default="iter", metavar="NAME", help=f"for folders of runs {', '.join(X_AXES)}; for sweeps a flag of "
         "train.py with numbers for values, without the dashes, such as hope_cutoff")
     add("--plot", default="curves.png", metavar="FILE.png", help="the picture")

@@ -1,9 +1,9 @@
 """
 Pictures about encodings alone, that need no training or just a trained model:
 
-    python -m experiments.figures idea --plot idea.png                        the angles of each pair of channels within L
-    python -m experiments.figures encodings out/rope out/alibi --plot encodings.png    what is added to the logit
-    python -m experiments.figures theory --json theory.json --plot theory.png          statements about a single head
+    python -m experiments.figures idea --plot idea.png                            the angles of a pair within L
+    python -m experiments.figures encodings out/rope out/alibi --plot logit.png   what is added to the logit
+    python -m experiments.figures theory --json theory.json --plot theory.png     statements about a single head
 
 idea: a circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles at distances up to L. Hatched: the rest,
 which RoPE enters beyond L. The pairs that HoPE does not rotate stay at angle 0.
@@ -86,7 +86,7 @@ def draw_idea(config, path):
 
 
 def encoding_by_distance(pe, config, length):
-    """An encoding -> what it adds, and that at distances 0 ... length - 1 (lines, length), nan where it is undefined."""
+    """An encoding -> what it adds, and that at distances 0 ... length - 1 (lines, length), nan if undefined."""
     pos = torch.arange(length)
     bias = pe.bias(pos[-1:], pos)
     if bias is not None:

@@ -2,30 +2,36 @@
 What attention does inside the trained context L and beyond it: the measurements that led to HoPE (arXiv 2410.21216)
 and to p-RoPE (arXiv 2410.06205), on any checkpoint.
 
-    python -m experiments.analyze_attention out/rope out/hope --json attention.json --plot attention.png
+    python -m experiments.attention out/rope out/hope --json attention.json --plot attention.png
+    python -m experiments.attention --json_in attention.json --plot attention.png       the pictures alone
 
-Prints a table per run. experiments/draw_attention.py describes the pictures.
+Prints a table per run, and draws
+
+    FILE_distance.png     mean attention weight and mean logit, by distance to the key
+    FILE_entropy.png      how widely attention spreads as the text grows, with and without log-n scaling
+    FILE_components.png   how far each pair's part of the logit leaves, beyond L, its range from training
 
 A logit is a sum over pairs of channels, S = sum_j S_j + bias with S_j = q_j . R((n - m) theta_j) k_j / sqrt(D).
 Queries inside the trained context (its second half, [L/2, L)) are compared with those far beyond it ([T/2, T) of a
 window of T tokens). Several checkpoints of one run, which train.py --keep_every leaves, show how training gets there.
 
-Layers with a window count the keys in their window only; the pairs' wavelengths are those of the other layers.
+Short-window layers count the keys in their window only; the pairs' wavelengths are those of the full layers.
 
 Shapes: H heads, T tokens, D channels per head, P = D/2 pairs, Q queries of a group, N windows.
 """
+import json
 import math
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
-from common import flags
-from common.arrangements import name_of
+from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from common.device import DeviceConfig, Place
-from common.report import add_output_flags, check_outputs, print_table, run_names, write_json
 from data.loader import add_text_flags, document_windows, text_to_score
-from experiments.draw_attention import draw
+from experiments.curves import draw_line, legend_above, token_axis
+from experiments.groups import name_of
 from model import frequencies, rotate
 
 # --------------------------------------------------------------------------------------------------
@@ -138,14 +144,12 @@ def measure_group(q, k, logits, weights, start, bin_of, n_bins):
     position = torch.arange(k.size(1), device=k.device)
     distance = position[start:start + q.size(1), None] - position  # (Q, T)
     visible = logits.isfinite().all(0)  # neither in the future nor outside a window
-    bins = {"distance": bin_of[distance[visible]], "key": bin_of.expand_as(visible)[visible]}  # (visible,) each
-    found = {"pair_by_distance": binned_mean(mean_pair_logits(q, k)[:, visible], bins["distance"], n_bins),
-             "pair_share": pair_share(q, k, logits, visible)}
-    for name, x in (("weight", weights), ("logit", logits)):
-        mean = x.mean(0)[visible]
-        for what, index in bins.items():
-            found[f"{name}_by_{what}"] = binned_mean(mean, index, n_bins)
-    return found
+    by_distance, by_key = bin_of[distance[visible]], bin_of.expand_as(visible)[visible]  # (visible,) each
+    return {"weight_by_distance": binned_mean(weights.mean(0)[visible], by_distance, n_bins),
+            "weight_by_key": binned_mean(weights.mean(0)[visible], by_key, n_bins),
+            "logit_by_distance": binned_mean(logits.mean(0)[visible], by_distance, n_bins),
+            "pair_by_distance": binned_mean(mean_pair_logits(q, k)[:, visible], by_distance, n_bins),
+            "pair_share": pair_share(q, k, logits, visible)}
 
 
 def measure_layer(q, k, v, bias, block_size, starts):
@@ -154,7 +158,7 @@ def measure_layer(q, k, v, bias, block_size, starts):
     entropy       of attention in nats, by position of the query (bins,)
     norm/q, k, v  2-norm of each pair, mean over tokens and heads (P,), as in a figure of arXiv 2410.06205
     and for each group of queries, such as inside/weight_by_distance:
-    weight_by_distance, weight_by_key, logit_by_distance, logit_by_key (bins,)
+    weight_by_distance, weight_by_key, logit_by_distance (bins,)
     pair_by_distance   S_j (P, bins)
     pair_share         see pair_share (P,)
     """
@@ -193,20 +197,15 @@ def summarize(found):
     return summary
 
 
-def pair_swing(curves, starts, block_size, beyond):
-    """How much a pair's mean logit depends on distance: S_j by distance (..., P, bins) -> (..., P), in logits.
+def pair_excursion(curves, starts, block_size):
+    """How far a pair's mean logit S_j by distance (..., P, bins) leaves, at distances above L, the range of its values
+    at distances up to L, which is what the layers were trained on -> (..., P), in logits.
 
-    Inside: its standard deviation over the distances up to L (over bins, so that short distances count more).
-    Beyond: how far it leaves, at distances above L, the range of its values at distances up to L, which is what the
-    layers were trained on. Distances above T/2, which not all queries have, are left out; T has to be above 2 L.
-    nan, for distances outside a window, is ignored.
+    Distances above T/2, which not all queries have, are left out; T has to be above 2 L. nan, for distances outside a
+    window, is ignored.
     """
     starts = torch.tensor(starts)
-    known = curves[..., starts < block_size]
-    if not beyond:
-        count = (~known.isnan()).sum(-1)
-        return ((known - known.nanmean(-1, keepdim=True)).square().nansum(-1) / (count - 1).clamp(min=1)).sqrt()
-    new = curves[..., (starts >= block_size) & (starts <= starts[-1] / 2)]
+    known, new = curves[..., starts < block_size], curves[..., (starts >= block_size) & (starts <= starts[-1] / 2)]
     low = known.nan_to_num(math.inf).amin(-1, keepdim=True)
     high = known.nan_to_num(-math.inf).amax(-1, keepdim=True)
     return ((new - high).clamp(min=0) + (low - new).clamp(min=0)).nan_to_num().amax(-1)
@@ -223,26 +222,23 @@ def analyze(checkpoint, windows, place):
     starts = position_bins(L, length)
     found = measure(model, windows[:, :length], starts, place.autocast)
     found["entropy_logn"] = measure(scaled, windows[:, :length], starts, place.autocast)["entropy"]
-    run, kinds = summarize(found), model.config.kinds()
-    first = kinds.index("L")  # the last layer is one
+    run = summarize(found)
     for group in query_groups(L, length):
-        curves = torch.tensor(run[f"{group}/pair_by_distance"]["layers"])  # (layers, P, bins)
-        # of the first layer that sees everything: all layers would be most of the file
-        run[f"{group}/pair_by_distance"] = {"first_layer": curves[first].tolist()}
-        if group == "inside" or length > 2 * L:
-            run[f"{group}/pair_swing"] = {"layers": pair_swing(curves, starts, L, group == "beyond").tolist()}
+        curves = torch.tensor(run.pop(f"{group}/pair_by_distance")["layers"])  # (layers, P, bins): too much for a file
+        if group == "beyond" and length > 2 * L:
+            run["beyond/pair_excursion"] = {"layers": pair_excursion(curves, starts, L).tolist()}
     rotated = {}  # pairs, by the kind of a layer
-    for kind in sorted(set(kinds)):
+    for kind in sorted(set(model.config.kinds())):
         rotary = model.encodings[kind].rotary(torch.zeros(1, device=place.device))
         rotated[kind] = 0 if rotary is None else rotary[0].size(-1)
     return {"pe": config["pe"], "layers": name_of(model.config), "block_size": L, "length": length,
             "iter": checkpoint["iter"], "seed": checkpoint.get("args", {}).get("seed"), "windows": len(windows),
             "starts": starts, "wavelength": (2 * math.pi / frequencies(head_dim, model.config.rope_base)).tolist(),
-            "n_turning": rotated["L"], "rotated": rotated, **run}
+            "rotated": rotated, **run}
 
 
 # --------------------------------------------------------------------------------------------------
-# Report
+# Table
 
 
 def part_of(run, values, start, end):
@@ -269,29 +265,137 @@ def print_summary(run):
                 "-" if first.isnan() else f"{first:.3f}",  # outside the windows of all queries
                 f"{n_near * part_of(run, by_distance[layer], 0, n_near):.3f}",
                 ", ".join(f"{j} ({share[j]:.0%})" for j in top)]
-    kinds = ", ".join(f"{n} in {kind} layers" if len(run["rotated"]) > 1 else f"{n}"
+    names = {"L": "full layers", "S": "short-window layers"}
+    kinds = ", ".join(f"{n} in {names[kind]}" if len(run["rotated"]) > 1 else f"{n}"
                       for kind, n in run["rotated"].items())
-    print_table(f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {L}. Of {len(run['wavelength'])} "
-                f"pairs per head are rotated: {kinds}. By position of the query:",
-                ["entropy (nats)", "with log-n", "ln n", "weight of first 4 keys", f"of nearest {n_near}",
-                 "pairs with the largest share"], rows)
+    report.print_table(f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {L}. Of "
+                       f"{len(run['wavelength'])} pairs per head are rotated: {kinds}. By position of the query:",
+                       ["entropy (nats)", "with log-n", "ln n", "weight of first 4 keys", f"of nearest {n_near}",
+                        "pairs with the largest share"], rows)
 
 
-def main(argv=None):
-    parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and beyond it.")
-    count, add = flags.parsed(int, at_least=1), parser.add_argument
-    add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders (best.pt is read, if there is one) or checkpoints")
-    add_text_flags(parser)
-    add("--max_factor", type=count, default=4,
-        help="length of a run's windows in multiples of its block_size; memory grows with its square")
-    add("--windows", type=count, default=8, help="windows to average over")
-    add_output_flags(parser, "five pictures, FILE_distance.png, FILE_key.png, FILE_components.png, "
-                             "FILE_frequency.png and FILE_entropy.png")
-    flags.add_flags(parser, DeviceConfig)
-    args = parser.parse_args(argv)
-    check_outputs(args)
-    place, names = Place(args), run_names(args.runs)
+# --------------------------------------------------------------------------------------------------
+# Pictures
 
+
+def grid(rows, columns, height):
+    """An empty picture -> figure, axes (rows, columns). height: inches per row."""
+    return report.import_pyplot().subplots(rows, columns, figsize=(9.5, height * rows + 0.7), squeeze=False,
+                                           layout="constrained")
+
+
+def curve(run, values, errors=None):
+    """Values by bin -> rows for draw_line. at: the middle of the bin, plus 1, to have 0 on a logarithmic axis."""
+    edges = [*run["starts"], run["length"]]
+    return [{"at": (start + end - 1) / 2 + 1, "mean": value, "stderr": error}
+            for start, end, value, error in zip(edges, edges[1:], values, errors or values)]
+
+
+def draw_layers(panel, run, layers):
+    """One thin line per layer, light to dark."""
+    for i, layer in enumerate(layers):
+        shade = str(0.8 - 0.5 * i / max(1, len(layers) - 1))
+        draw_line(panel, curve(run, layer), "at", "mean", color=shade, linewidth=1, label=f"layer {i + 1}")
+
+
+def draw_mean(panel, run, found, **style):
+    """The mean over layers, with a band of one standard error over windows."""
+    draw_line(panel, curve(run, found["mean"], found["stderr"]), "at", "mean", "stderr", linewidth=2, **style)
+
+
+def octaves(run):
+    """Ticks for distances and positions."""
+    return [2 ** i for i in range(0, int(math.log2(run["length"])) + 1, 2)]
+
+
+def plot_distance(runs, path):
+    """Attention weight and logit, one row per run. Solid: queries in the second half of L; dashed: of the window."""
+    figure, axes = grid(len(runs), 2, 2.5)
+    for run, style, row in zip(runs, report.styles(runs), axes):
+        for panel, what in zip(row, ("weight", "logit")):
+            for group, line in (("inside", "-"), ("beyond", "--")):
+                found = run.get(f"{group}/{what}_by_distance")
+                if found and group == "inside":
+                    draw_layers(panel, run, found["layers"])
+                if found:
+                    draw_mean(panel, run, found, color=style["color"], linestyle=line,
+                              label=f"mean, queries {group} L")
+            token_axis(panel, run["block_size"] + 0.5, octaves(run))
+            panel.set(title=run["name"], ylabel={"weight": "mean attention weight", "logit": "mean logit"}[what],
+                      xlabel="1 + distance to the key (tokens)" if run is runs[-1] else "")
+        row[0].set_yscale("log")
+        row[0].set_ylim(bottom=1e-4)
+    legend_above(figure, axes[0, 0])
+    report.save_picture(figure, path)
+
+
+def plot_entropy(runs, path):
+    figure, axes = grid(1, len(runs), 3.4)
+    for run, style, panel in zip(runs, report.styles(runs), axes[0]):
+        draw_layers(panel, run, run["entropy"]["layers"])
+        for name, line, label in (("entropy", "-", "mean"), ("entropy_logn", "--", "mean with log-n scaling")):
+            draw_mean(panel, run, run[name], color=style["color"], linestyle=line, label=label)
+        at = [row["at"] for row in curve(run, run["starts"])]
+        panel.plot(at, [math.log(n) for n in at], color="gray", linestyle="-.", label="ln n: uniform attention")
+        token_axis(panel, run["block_size"] + 0.5, octaves(run))
+        panel.set_xlabel("1 + position of the query (tokens)" if run is runs[len(runs) // 2] else "")
+        panel.set_title(run["name"], fontsize="small")
+    axes[0, 0].set_ylabel("entropy of attention (nats)")
+    legend_above(figure, axes[0, 0])
+    report.save_picture(figure, path)
+
+
+def plot_components(runs, path):
+    """pair_excursion by layer and pair, a map per run, all on one scale. The red line is HoPE's cut-off: pairs to its
+    right take more than L tokens per turn."""
+    runs = [run for run in runs if "beyond/pair_excursion" in run]  # not of an encoding that ends at L, nor at 2 L
+    if not runs:
+        print(f"{path} is not drawn: no run has distances beyond L; use a higher --max_factor")
+        return
+    figure, axes = grid(1, len(runs), 2.6)
+    maps = [run["beyond/pair_excursion"]["layers"] for run in runs]
+    highest = max(value for layers in maps for layer in layers for value in layer)
+    for run, layers, panel in zip(runs, maps, axes[0]):
+        image = panel.imshow(layers, aspect="auto", cmap="viridis", vmin=0, vmax=highest)
+        panel.grid(False)
+        n_pairs, rotated = len(run["wavelength"]), max(run["rotated"].values())
+        shown = range(0, n_pairs, max(1, n_pairs * len(runs) // 24))
+        panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" if j < rotated else "–" for j in shown], rotation=90)
+        panel.set_yticks(range(len(layers)), range(1, len(layers) + 1))
+        panel.axvline(sum(tokens <= run["block_size"] for tokens in run["wavelength"]) - 0.5, color="red")
+        panel.set_title(run["name"], fontsize="small")
+    axes[0, 0].set_ylabel("layer")
+    figure.colorbar(image, ax=list(axes[0]), label="excursion of $S_j$\nbeyond L (logits)")
+    figure.supxlabel("tokens per turn of the pair (–: not rotated)", fontsize="medium")
+    report.save_picture(figure, path)
+
+
+DRAWINGS = {"distance": plot_distance, "entropy": plot_entropy, "components": plot_components}
+
+
+def draw(runs, path):
+    """Runs, as the JSON holds them -> FILE_distance.png and the others, for path FILE.png."""
+    path = Path(path)
+    for name, plot in DRAWINGS.items():
+        plot(runs, path.with_name(f"{path.stem}_{name}{path.suffix}"))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def read_runs(path):
+    """What --json wrote -> its runs. Raises ValueError if it is something else."""
+    try:
+        runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+        assert all("inside/pair_share" in run for run in runs) and runs
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise ValueError(f"{path} was not written by experiments.attention --json") from error
+    return runs
+
+
+def analyze_all(args):
+    """-> the result, as the JSON holds it."""
+    place, names = Place(args), report.run_names(args.runs)
     checkpoints = [load_checkpoint(path) for path in args.runs]
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     lengths = [args.max_factor * checkpoint["config"]["block_size"] for checkpoint in checkpoints]
@@ -302,11 +406,29 @@ def main(argv=None):
     for name, checkpoint, length in zip(names, checkpoints, lengths):
         runs.append({"name": name, **analyze(checkpoint, windows[:, :length], place)})
         print_summary(runs[-1])
-    if args.json:
-        write_json(args.json, "-m experiments.analyze_attention",
-                   {"device": str(place), "dataset_sha256": text_sha256, "runs": runs}, digits=4)
+    return {"device": str(place), "dataset_sha256": text_sha256, "runs": runs}
+
+
+def main(argv=None):
+    parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and beyond it.")
+    count, add = flags.parsed(int, at_least=1), parser.add_argument
+    add("runs", nargs="*", metavar="OUT_DIR", help="runs' folders (best.pt is read, if there is one) or checkpoints")
+    add("--json_in", metavar="FILE", help="measure nothing: draw what --json wrote")
+    add_text_flags(parser)
+    add("--max_factor", type=count, default=4,
+        help="length of a run's windows in multiples of its block_size; memory grows with its square")
+    add("--windows", type=count, default=8, help="windows to average over")
+    report.add_output_flags(parser, f"a picture FILE_NAME.png for NAME in {', '.join(DRAWINGS)}")
+    flags.add_flags(parser, DeviceConfig)
+    args = parser.parse_args(argv)
+    report.check_outputs(args)
+    if bool(args.runs) == bool(args.json_in):
+        raise ValueError("name OUT_DIR..., the folders of runs, or --json_in FILE")
+    result = {"runs": read_runs(args.json_in)} if args.json_in else analyze_all(args)
+    if args.json and args.runs:
+        report.write_json(args.json, "-m experiments.attention", result, digits=4)
     if args.plot:
-        draw(runs, args.plot)
+        draw(result["runs"], args.plot)
 
 
 if __name__ == "__main__":
