@@ -40,12 +40,12 @@ import torch
 from torch import nn
 
 from common import flags
-from common.arrangements import fields_of
 from common.device import DeviceConfig, Place, pick_compile
 from common.optimizer import LEARNING_RATES, OptimizerConfig, make_optimizer
 from common.report import add_output_flags, check_outputs, import_pyplot, print_table, save_picture, write_json
 from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
+from experiments.groups import fields_of
 from experiments.nanogpt import PlainGPT, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
 from train import Run, TrainConfig

@@ -127,16 +127,21 @@ def over_seeds(key, values, error="std"):
     return {key: statistics.fmean(values), f"{key}_{error}": spread}
 
 
-def mean_row(rows):
-    """The same row of several runs -> its mean: a number with a standard error gets that over seeds.
-
-    A single row stays as it is, and so does None.
-    """
-    mean = rows[0]
-    if len(rows) > 1 and mean is not None:
-        for key in [key for key in mean if f"{key}_stderr" in mean]:
-            mean = mean | over_seeds(key, [row[key] for row in rows], "stderr")
-    return mean
+def mean_rows(parts):
+    """The same rows of several runs, in lists and dicts -> their mean: a number with a standard error gets that over
+    seeds. What is single stays as it is, and so does None."""
+    first = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, list):
+        return [mean_rows(same) for same in zip(*parts)]
+    if isinstance(first, dict):
+        mean = {key: mean_rows([part[key] for part in parts]) for key in first}
+        for key in first:
+            if f"{key}_stderr" in first:
+                mean |= over_seeds(key, [part[key] for part in parts], "stderr")
+        return mean
+    return first
 
 
 def group_by_seed(runs):
