@@ -18,10 +18,23 @@ time_to_loss  how long each way to train takes to the loss that the first one en
 
 --optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
 runs as evaluation and sampling do on a CPU, in float32. --pe takes encodings or arrangements of layers
-(common/arrangements.py).
+(experiments/groups.py).
 
 A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
 are slowed down alike by whatever else the machine does. nope against itself shows how much of a ratio is chance.
+
+Found on two CPU cores with 6 layers of width 384, L = 256, batch 8 (experiments/results/bench_*.json); a difference of
+0.03 means nothing:
+
+a training step against nope's       rope, prope, hope 1.04 x the time, alibi 1.01, t5 1.08, kerple 1.04, fire 1.07
+tokens per second, nanoGPT's in      hope 0.98 x in float32, 1.60 x in bfloat16
+float32 being 1
+1,000 new tokens                     14 x faster with the cache
+buckets to 16 L                      1.62 x faster from one pass
+hope:SSSL:16 against hope            a step 0.99 x the time, an evaluation to 64 L 0.44 x, the cache 1.07 MB, not 4.10
+                                     (the demo's size: 4 layers of width 128, L = 128, batch 32)
+torch.compile on a CPU               a step 0.90 x the time, after 39 s for the first: off unless asked for
+Muon against AdamW at its best rate  0.37 x the time to the same loss (the demo's size)
 """
 import argparse
 import math
@@ -39,12 +52,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import flags
+from common import flags, report
 from common.device import DeviceConfig, Place, pick_compile
 from common.optimizer import LEARNING_RATES, OptimizerConfig, make_optimizer
-from common.report import add_output_flags, check_outputs, import_pyplot, print_table, save_picture, write_json
 from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
+from experiments.curves import draw_line
 from experiments.groups import fields_of
 from experiments.nanogpt import PlainGPT, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
@@ -77,7 +90,7 @@ def in_turns(calls, repeats, device, warm_up=1):
             for name in calls}
 
 
-def report(title, results):
+def print_times(title, results):
     print(f"\n{title}")
     for name, (median, ratio) in results.items():
         print(f"  {name:24} {1000 * median:10.1f} ms   {ratio:6.3f}")
@@ -137,7 +150,7 @@ def bench_against_plain(args, config, place, make_step):
     calls = {"plain GPT, float32": partial(training_step, plain, optimizer, x, y, nullcontext()),
              "ours, learned": make_step("learned"), "ours, hope": make_step("hope")}
     timed = in_turns(calls, args.repeats, place.device, SETTLE)
-    found = report(f"a training step, {place.dtype}, against a plain GPT in float32", timed)
+    found = print_times(f"a training step, {place.dtype}, against a plain GPT in float32", timed)
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
     if place.device.type == "cuda":
@@ -155,7 +168,7 @@ def bench_compile(args, config, place):
         torch.compiler.reset()
         calls = {"as it is": make_step(pe, compiled=False), "compiled": make_step(pe, compiled=True)}
         first = seconds(calls["compiled"], place.device)
-        results[pe] = report(f"a training step of {pe}, {place.dtype}; compiled, the first takes {first:.0f} s",
+        results[pe] = print_times(f"a training step of {pe}, {place.dtype}; compiled, the first takes {first:.0f} s",
                              in_turns(calls, args.repeats, place.device, SETTLE))
         results[pe]["compiled"]["first step"] = first
     return results
@@ -180,7 +193,7 @@ def bench_generate(args, config, place):
     for n in (100, 1000):
         calls = {"cached": partial(model.generate, prompt, n, top_k=1), "uncached": partial(uncached, n)}
         timed = in_turns(calls, 1, device, warm_up=0) if n > 100 else in_turns(calls, args.repeats, device)
-        results[n] = report(f"{n:,} new tokens, hope: time, and ratio to cached", timed)
+        results[n] = print_times(f"{n:,} new tokens, hope: time, and ratio to cached", timed)
 
     results["by position"] = {}
     print("\ntime per new token by position, and its ratio to that at 100")
@@ -219,7 +232,7 @@ def bench_evaluate(args, config, place):
 
         calls = {"one pass to 16 L": partial(one_pass, 16 * L), "a pass per bucket": each_length,
                  "one pass to 8 L": partial(one_pass, 8 * L), "one pass to 4 L": partial(one_pass, 4 * L)}
-        results[pe] = report(f"evaluation of 2 windows, {pe}: time, and ratio to the first",
+        results[pe] = print_times(f"evaluation of 2 windows, {pe}: time, and ratio to the first",
                              in_turns(calls, args.repeats, device))
     return results
 
@@ -279,14 +292,14 @@ def bench_windows(args, config, place):
         pair = (fields_of(name)["pe"], name)  # without windows and with them
         torch.compiler.reset()
         steps = in_turns({pe: make_step(pe) for pe in pair}, args.repeats, device, SETTLE)
-        found = results[name] = {"a training step": report(f"a training step, {place.dtype}", steps)}
+        found = results[name] = {"a training step": print_times(f"a training step, {place.dtype}", steps)}
         models = {pe: GPT(GPTConfig(**config, **fields_of(pe))).to(device).eval() for pe in pair}
         for title, repeats, call in (
                 ("1,000 new tokens", 3, lambda model: model.generate(prompt, 1000, top_k=1)),
                 ("evaluation of a window of 16 L", 5, lambda model: score(model, text[:, :16 * L + 1], args.chunk, 1)),
                 ("evaluation of a window of 64 L", 3, lambda model: score(model, text, args.chunk, 1))):
             calls = {pe: partial(call, model) for pe, model in models.items()}
-            found[title] = report(title, in_turns(calls, min(repeats, args.repeats), device))
+            found[title] = print_times(title, in_turns(calls, min(repeats, args.repeats), device))
         found["cache in bytes after 1,000 tokens"] = held = {pe: cache_bytes(models[pe], 1000) for pe in pair}
         print("\ncache after 1,000 tokens: " + ", ".join(f"{pe} {size / 1e6:.2f} MB" for pe, size in held.items()))
     return results
@@ -311,7 +324,7 @@ def make_runs(args, config, place, seed, out_dir):
     meta, ids = open_dataset(args.dataset)
     ids, runs = {name: token_tensor(part, place.device) for name, part in ids.items()}, {}
     sizes = {**config, "vocab_size": meta["vocab_size"]}
-    settings = {knob.name: getattr(args, knob.name) for knob in fields(TrainConfig) if hasattr(args, knob.name)}
+    settings = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     for name, steps, rate in args.compete:
         chosen = TrainConfig(**{**settings, "seed": seed, "max_iters": steps, "out_dir": out_dir, "learning_rate": rate,
                                 "optimizer": "adamw" if name == "nanogpt" else name})
@@ -379,10 +392,10 @@ def bench_time_to_loss(args, config, place):
     medians = {name: {key: value if math.isfinite(value) else None for key, value in row.items()}
                for name, row in medians.items()}
     digits = {"last loss": 4, "loss by then": 4, "steps": 0, "tokens": 0, "seconds": 1, "ratio": 3}
-    print_table(f"time to the loss that {next(iter(medians))} ends with, medians over {len(args.seed)} seeds; loss by "
-                "then: in the time that this takes; -: not reached", list(digits),
-                {name: ["-" if row[key] is None else f"{row[key]:,.{n}f}" for key, n in digits.items()]
-                 for name, row in medians.items()})
+    rows = {name: ["-" if row[key] is None else f"{row[key]:,.{n}f}" for key, n in digits.items()]
+            for name, row in medians.items()}
+    report.print_table(f"time to the loss that {next(iter(medians))} ends with, medians over {len(args.seed)} seeds; "
+                       "loss by then: in the time that this takes; -: not reached", list(digits), rows)
     if args.plot:
         plot_races(races, args.plot)
     return {"medians": medians, "seeds": args.seed, "races": races}
@@ -390,17 +403,16 @@ def bench_time_to_loss(args, config, place):
 
 def plot_races(races, path):
     """Validation loss against minutes; one line per seed."""
-    pyplot = import_pyplot()
-    figure, panel = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+    figure, panel = report.import_pyplot().subplots(figsize=(9.5, 5.5), layout="constrained")
     for i, name in enumerate(races[0]):
         for race_, label in zip(races, (name, *[None] * len(races))):
-            panel.plot([point["seconds"] / 60 for point in race_[name]], [point["val_loss"] for point in race_[name]],
-                       color=f"C{i}", label=label, linewidth=1.5)
+            rows = [{**point, "minutes": point["seconds"] / 60} for point in race_[name]]
+            draw_line(panel, rows, "minutes", "val_loss", color=f"C{i}", label=label, linewidth=1.5)
     target = statistics.median(next(iter(curves.values()))[-1]["val_loss"] for curves in races)
     panel.axhline(target, color="gray", linestyle="--", linewidth=1)
     panel.set(xlabel="training time (minutes)", ylabel="validation loss (nats per token)")
     panel.legend()
-    save_picture(figure, path)
+    report.save_picture(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -457,7 +469,7 @@ def make_parser():
     add("--pe", nargs="+", metavar="PE", help="windows, compile, time_to_loss: encodings or arrangements of layers, as "
         "nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
     flags.add_flags(parser, TrainConfig, "compile")
-    add_output_flags(parser, "time_to_loss: loss against minutes")
+    report.add_output_flags(parser, "time_to_loss: loss against minutes")
     flags.add_flags(parser, DeviceConfig)
     group = parser.add_argument_group("time_to_loss; the optimizer's flags are for muon and adamw, not for nanogpt")
     group.add_argument("--compete", nargs="+", type=competitor, metavar="NAME:STEPS",
@@ -467,8 +479,8 @@ def make_parser():
     flags.add_flags(group, TrainConfig, "dataset", "eval_iters")
     flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
     flags.add_flags(group, TrainConfig, "eval_interval", default=10, help="steps between evaluations")
-    schedule = [knob.name for knob in fields(OptimizerConfig) if knob.name not in ("learning_rate", "lr_decay_iters")]
-    flags.add_flags(group, OptimizerConfig, *schedule)
+    names = {field.name for field in fields(OptimizerConfig)} - {"learning_rate", "lr_decay_iters"}
+    flags.add_flags(group, OptimizerConfig, *names)
     return parser
 
 
@@ -479,7 +491,7 @@ def main(argv=None):
             raise ValueError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
     for pe in args.pe or ():
         fields_of(pe)  # raises ValueError
-    check_outputs(args)
+    report.check_outputs(args)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     GPTConfig(**config)  # raises ValueError if the sizes do not fit each other
     place = Place(args, training_width=args.n_embd)
@@ -490,7 +502,7 @@ def main(argv=None):
         torch.manual_seed(0)
         result[name] = BENCHMARKS[name](args, config, place)
     if args.json:
-        write_json(args.json, "-m experiments.bench", result)
+        report.write_json(args.json, "-m experiments.bench", result)
 
 
 if __name__ == "__main__":
