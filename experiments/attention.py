@@ -28,14 +28,13 @@ import torch
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
-from common.device import DeviceConfig, Place
+from common.device import Device, DeviceConfig
 from data.loader import add_text_flags, document_windows, text_to_score
 from experiments.curves import draw_line, legend_above, token_axis
 from experiments.groups import name_of
 from model import frequencies, rotate
 
-# --------------------------------------------------------------------------------------------------
-# Inside a layer
+# --- Inside a layer ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -49,13 +48,13 @@ def attention_inputs(model, idx, autocast=nullcontext):
     layers = []
 
     def keep(attn, args):
-        x, view = args[:2]
+        x, positions = args[:2]
         q, k, v = (t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, dim=-1))
-        if view.rotary is not None:
-            q, k = rotate(q, *view.rotary), rotate(k, *view.rotary)
-        if view.query_scale is not None:
-            q = q * view.query_scale
-        mask = view.mask
+        if positions.rotary is not None:
+            q, k = rotate(q, *positions.rotary), rotate(k, *positions.rotary)
+        if positions.query_scale is not None:
+            q = q * positions.query_scale
+        mask = positions.mask
         if mask is not None:  # bool (T, T) or a bias (1, H, T, T)
             mask = torch.where(mask, 0.0, -math.inf)[None] if mask.dtype == torch.bool else mask[0].float()
         layers.append((q[0].float(), k[0].float(), v[0].float(), mask))
@@ -96,8 +95,7 @@ def logits_of(q, k, bias):
     return logits.masked_fill(future, -math.inf)
 
 
-# --------------------------------------------------------------------------------------------------
-# Statistics
+# --- Statistics -------------------------------------------------------------------------------------------------------
 
 
 def position_bins(block_size, length):
@@ -211,17 +209,17 @@ def pair_excursion(curves, starts, block_size):
     return ((new - high).clamp(min=0) + (low - new).clamp(min=0)).nan_to_num().amax(-1)
 
 
-def analyze(checkpoint, windows, place):
+def analyze(checkpoint, windows, device):
     """A loaded checkpoint and windows (N, T), T at least its L -> its run, as the JSON holds it."""
     config = checkpoint["config"]
     L, head_dim = config["block_size"], config["n_embd"] // config["n_head"]
     if head_dim % 2:
         raise ValueError(f"a head has {head_dim} channels, an odd number, which cannot be analysed in pairs")
-    model, scaled = (load_model(checkpoint, attn_scaling=how).to(place.device) for how in ("none", "logn"))
+    model, scaled = (load_model(checkpoint, attn_scaling=how).to(device.torch_device) for how in ("none", "logn"))
     length = min(windows.size(1), model.transformer.wpe.max_length or windows.size(1))
     starts = position_bins(L, length)
-    found = measure(model, windows[:, :length], starts, place.autocast)
-    found["entropy_logn"] = measure(scaled, windows[:, :length], starts, place.autocast)["entropy"]
+    found = measure(model, windows[:, :length], starts, device.autocast)
+    found["entropy_logn"] = measure(scaled, windows[:, :length], starts, device.autocast)["entropy"]
     run = summarize(found)
     for group in query_groups(L, length):
         curves = torch.tensor(run.pop(f"{group}/pair_by_distance")["layers"])  # (layers, P, bins): too much for a file
@@ -229,7 +227,7 @@ def analyze(checkpoint, windows, place):
             run["beyond/pair_excursion"] = {"layers": pair_excursion(curves, starts, L).tolist()}
     rotated = {}  # pairs, by the kind of a layer
     for kind in sorted(set(model.config.kinds())):
-        rotary = model.encodings[kind].rotary(torch.zeros(1, device=place.device))
+        rotary = model.encodings[kind].rotary(torch.zeros(1, device=device.torch_device))
         rotated[kind] = 0 if rotary is None else rotary[0].size(-1)
     return {"pe": config["pe"], "layers": name_of(model.config), "block_size": L, "length": length,
             "iter": checkpoint["iter"], "seed": checkpoint.get("args", {}).get("seed"), "windows": len(windows),
@@ -237,8 +235,7 @@ def analyze(checkpoint, windows, place):
             "rotated": rotated, **run}
 
 
-# --------------------------------------------------------------------------------------------------
-# Table
+# --- Table ------------------------------------------------------------------------------------------------------------
 
 
 def part_of(run, values, start, end):
@@ -274,8 +271,7 @@ def print_summary(run):
                         "pairs with the largest share"], rows)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ---------------------------------------------------------------------------------------------------------
 
 
 def grid(rows, columns, height):
@@ -380,8 +376,6 @@ def draw(runs, path):
         plot(runs, path.with_name(f"{path.stem}_{name}{path.suffix}"))
 
 
-# --------------------------------------------------------------------------------------------------
-
 
 def read_runs(path):
     """What --json wrote -> its runs. Raises ValueError if it is something else."""
@@ -395,18 +389,19 @@ def read_runs(path):
 
 def analyze_all(args):
     """-> the result, as the JSON holds it."""
-    place, names = Place(args), report.run_names(args.runs)
+    device, names = Device(args), report.run_names(args.runs)
     checkpoints = [load_checkpoint(path) for path in args.runs]
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     lengths = [args.max_factor * checkpoint["config"]["block_size"] for checkpoint in checkpoints]
-    windows = document_windows(ids, tokenizer.end_of_document, max(lengths), args.windows)[:, :-1].to(place.device)
+    windows = document_windows(ids, tokenizer.end_of_document, max(lengths), args.windows)
+    windows = windows[:, :-1].to(device.torch_device)
     print(f"reading {len(windows)} windows of {args.max_factor} L, {max(lengths):,} tokens, each inside one document "
-          f"of {source} (sha256 {text_sha256[:16]}), on {place}")
+          f"of {source} (sha256 {text_sha256[:16]}), on {device}")
     runs = []
     for name, checkpoint, length in zip(names, checkpoints, lengths):
-        runs.append({"name": name, **analyze(checkpoint, windows[:, :length], place)})
+        runs.append({"name": name, **analyze(checkpoint, windows[:, :length], device)})
         print_summary(runs[-1])
-    return {"device": str(place), "dataset_sha256": text_sha256, "runs": runs}
+    return {"device": str(device), "dataset_sha256": text_sha256, "runs": runs}
 
 
 def main(argv=None):

@@ -22,8 +22,7 @@ from experiments.figures import smallest_base
 from experiments.groups import group_names, network_of, without_effect
 from model import GPTConfig, HoPE
 
-# --------------------------------------------------------------------------------------------------
-# Lines
+# --- Lines ------------------------------------------------------------------------------------------------------------
 
 
 def draw_line(panel, rows, x, y, error=None, **style):
@@ -47,8 +46,7 @@ def legend_above(figure, panel, columns=4):
     figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
 
 
-# --------------------------------------------------------------------------------------------------
-# Losses over training
+# --- Losses over training ---------------------------------------------------------------------------------------------
 
 X_AXES = {"iter": "optimizer steps", "tokens": "tokens trained on", "seconds": "training time (seconds)"}
 
@@ -105,8 +103,7 @@ def draw_losses(runs, x, path):
     report.save_picture(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Perplexity over the value of a flag
+# --- Perplexity over the value of a flag ------------------------------------------------------------------------------
 
 FOLLOWS = {"learning_rate": "min_lr", "max_iters": "lr_decay_iters"}  # flag -> another that changes with it
 

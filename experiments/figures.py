@@ -33,8 +33,7 @@ from common import flags, report
 from common.checkpoint import load_model
 from model import GPTConfig, HoPE, RoPE, rotate
 
-# --------------------------------------------------------------------------------------------------
-# The idea
+# --- The idea ---------------------------------------------------------------------------------------------------------
 
 TITLES = {"rope": "RoPE: beyond L tokens, slow pairs enter angles never seen in training",
           "hope": "HoPE: rotates only the pairs that have seen the whole circle"}
@@ -81,8 +80,7 @@ def draw_idea(config, path):
     report.save_picture(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# What encodings add to the logit
+# --- What encodings add to the logit ----------------------------------------------------------------------------------
 
 
 def encoding_by_distance(pe, config, length):
@@ -144,8 +142,7 @@ def draw_encodings(models, max_factor, path):
     report.save_picture(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Statements about a single head
+# --- Statements about a single head -----------------------------------------------------------------------------------
 
 
 def rotation(theta, positions):
@@ -249,8 +246,6 @@ def draw_statements(found, path):
         panel.legend()
     report.save_picture(figure, path)
 
-
-# --------------------------------------------------------------------------------------------------
 
 
 def main(argv=None):

@@ -22,8 +22,7 @@ from common import flags, report
 from common.checkpoint import replacing
 from model import PE, GPTConfig
 
-# --------------------------------------------------------------------------------------------------
-# Arrangements
+# --- Arrangements -----------------------------------------------------------------------------------------------------
 
 
 def fields_of(text):
@@ -50,8 +49,7 @@ def name_of(config):
     return f"{config.pe}{local}:{config.window_pattern}:{config.window}"
 
 
-# --------------------------------------------------------------------------------------------------
-# Which runs belong together
+# --- Which runs belong together ---------------------------------------------------------------------------------------
 
 # Where a run computes and what it saves, but not what it computes.
 NO_SETTING = ("out_dir", "resume", "vocab_size", "device", "compile", "log_interval", "save_interval", "save_minutes",
@@ -110,8 +108,7 @@ def members_by_group(runs, settings):
     return list(zip(group_names([group[0][1] for group in members.values()]), members.values()))
 
 
-# --------------------------------------------------------------------------------------------------
-# Means over seeds
+# --- Means over seeds -------------------------------------------------------------------------------------------------
 
 
 def over_seeds(key, values, error="std"):
@@ -202,8 +199,7 @@ def mean_recall(runs):
             for rows in zip(*(run["recall"] for run in runs)) if None not in rows]
 
 
-# --------------------------------------------------------------------------------------------------
-# Tables
+# --- Tables -----------------------------------------------------------------------------------------------------------
 
 TABLES = (  # key of a bucket, its error, digits, title
     ("ppl", "std", 2, "perplexity by position, ± standard deviation over seeds"),

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import DeviceConfig, Place
+from common.device import Device, DeviceConfig
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
@@ -76,8 +76,7 @@ def mean_over_seeds(runs, settings):
     return means
 
 
-# --------------------------------------------------------------------------------------------------
-# Training and testing
+# --- Training and testing ---------------------------------------------------------------------------------------------
 
 
 def optimizer_config(args):
@@ -189,8 +188,7 @@ def train_and_test_all(args, device):
     return [done[key] for key in jobs]
 
 
-# --------------------------------------------------------------------------------------------------
-# Language models
+# --- Language models --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -244,13 +242,14 @@ def passages_to_repeat(args, checkpoints, names, device):
     return windows, passages, pick(passages, shuffled), distances, text_sha256
 
 
-def test_language_models(args, place):
+def test_language_models(args, device):
     """-> the result, as the JSON holds it."""
     checkpoints, names, runs = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs), []
-    windows, passages, needles, distances, text_sha256 = passages_to_repeat(args, checkpoints, names, place.device)
+    windows, passages, needles, distances, text_sha256 = passages_to_repeat(args, checkpoints, names,
+                                                                            device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
-        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(place.device)
-        with place.autocast():
+        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
                      "needles": [copy_in_text(model, windows, needles, distance, passages.size(1) // 2)
                                  for distance in distances]}
@@ -263,8 +262,7 @@ def test_language_models(args, place):
             "means": means}
 
 
-# --------------------------------------------------------------------------------------------------
-# Report: a bucket is None if the encoding is undefined there
+# --- Report: a bucket is None if the encoding is undefined there ------------------------------------------------------
 
 
 def cells(buckets, key):
@@ -351,8 +349,6 @@ def plot_text(runs, chance, L, path):
     report.save_picture(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "prope_fraction", "hope_cutoff", "window_pattern",
            "window", "local_pe", "local_rope_base")
 NO_SETTING = ("jobs", "json", "plot", "device", "dtype")  # flags on which the results do not depend
@@ -394,12 +390,12 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     report.check_outputs(args)
-    place = Place(args)
+    device = Device(args)
     if args.runs:
-        result = test_language_models(args, place)
+        result = test_language_models(args, device)
         print_text(result["means"], result["distances"], result["most_frequent_token"])
     else:
-        runs = train_and_test_all(args, place.device)
+        runs = train_and_test_all(args, device.torch_device)
         means = mean_over_seeds(runs, [run["config"] | {"seed": run["seed"]} for run in runs])
         suite = tasks_of(args)
         print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor), suite)
@@ -409,7 +405,7 @@ def main(argv=None):
                   "chance_exact_without_order": EXACT_CHANCE if "copy" in suite.tested else None,
                   "runs": runs, "means": means}
     if args.json:
-        result = {"seed": args.seed, "device": str(place), **result}
+        result = {"seed": args.seed, "device": str(device), **result}
         report.write_json(args.json, "-m experiments.recall", result, digits=4)
         Path(f"{args.json}.partial").unlink(missing_ok=True)
     if args.plot and args.runs:

@@ -34,7 +34,7 @@ import eval_extrapolation
 import train
 from common import flags, report
 from common.checkpoint import load_checkpoint, lock
-from common.device import Place, stop_signals
+from common.device import Device, stop_signals
 from experiments import recall
 from experiments.groups import (
     IN_THE_NAME,
@@ -51,8 +51,7 @@ from experiments.groups import (
     write_csv,
 )
 
-# --------------------------------------------------------------------------------------------------
-# Which runs there are
+# --- Which runs there are ---------------------------------------------------------------------------------------------
 
 
 def given_flags(argv):
@@ -105,8 +104,7 @@ def combinations(given, out_dir, config=()):
     return list(found.values())
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -226,24 +224,23 @@ def train_all(jobs, at_a_time):
     return signals[0] if signals else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Scoring
+# --- Scoring ----------------------------------------------------------------------------------------------------------
 
 
 def score(jobs, args, given):
     """-> the runs as the JSON of eval_extrapolation.py holds them."""
-    folders, device = [str(job.folder) for job in jobs], ["--device", *given["device"]] if "device" in given else []
+    folders, on = [str(job.folder) for job in jobs], ["--device", *given["device"]] if "device" in given else []
     checkpoints, names = [load_checkpoint(folder) for folder in folders], [str(job) for job in jobs]
     options = eval_extrapolation.make_parser().parse_args(
-        [*folders, *device, "--max_factor", str(args.max_factor), "--windows", str(args.windows)])
-    place = Place(options)
+        [*folders, *on, "--max_factor", str(args.max_factor), "--windows", str(args.windows)])
+    device = Device(options)
     *text, text_sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
-    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, place)
+    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
     for run, job in zip(runs, jobs):  # best.pt is scored, and the log has the time of the whole run
         run |= {"dataset_sha256": text_sha256, "minutes": job.last_logged().get("seconds", 60 * run["minutes"]) / 60}
     if args.recall:
-        options = recall.make_parser().parse_args([*folders, *device, "--max_factor", str(args.max_factor)])
-        for run, found in zip(runs, recall.test_language_models(options, place)["runs"]):
+        options = recall.make_parser().parse_args([*folders, *on, "--max_factor", str(args.max_factor)])
+        for run, found in zip(runs, recall.test_language_models(options, device)["runs"]):
             run["recall"] = found["distances"]
     return runs
 
@@ -259,8 +256,6 @@ def show(runs, args, **origin):
     if args.plot:
         eval_extrapolation.plot(groups, args.plot)
 
-
-# --------------------------------------------------------------------------------------------------
 
 
 def make_parser():
@@ -286,18 +281,16 @@ def make_parser():
 
 
 def read_runs(paths):
-    """JSON files -> all runs in them, and the command that made each file. Raises ValueError if one holds no scored
-    runs."""
-    runs, commands = [], []
+    """JSON files -> all runs in them. Raises ValueError if one holds no scored runs."""
+    runs = []
     for path in paths:
         try:
-            result = json.loads(Path(path).read_text(encoding="utf-8"))
-            assert all(run["buckets"] and run["config"] for run in result["runs"]) and result["runs"]
+            found = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
+            assert all(run["buckets"] and run["config"] for run in found) and found
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise ValueError(f"{path} was not written by eval_extrapolation.py --json or by a sweep") from error
-        runs += result["runs"]
-        commands.append(result.get("command"))
-    return runs, commands
+        runs += found
+    return runs
 
 
 def checked_flags(rest):
@@ -318,8 +311,9 @@ def average(args, rest):
     report.check_outputs(args)
     if args.csv:
         report.check_output(args.csv)
-    runs, commands = read_runs(args.json_in)
-    show(runs, args, json_in_made_by=commands)
+    runs = read_runs(args.json_in)
+    show(runs, args, json_in_made_by=[json.loads(Path(path).read_text(encoding="utf-8")).get("command")
+                                      for path in args.json_in])
 
 
 def main(argv=None):
