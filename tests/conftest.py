@@ -2,10 +2,12 @@
 import random
 
 import pytest
+import torch
 
 import data.prepare
 import train
 from common import flags
+from model import GPT, GPTConfig
 
 TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--batch_size", "4",
               "--warmup_iters", "2", "--eval_interval", "5", "--eval_iters", "2", "--device", "cpu"]
@@ -42,3 +44,16 @@ def fails(monkeypatch, capsys):
             flags.run(script.main)
         return stopped.value.code, capsys.readouterr().err.splitlines()
     return call
+
+
+def tiny(pe, **changes):
+    """A small untrained model in evaluation mode, its weights large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    config = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, pe=pe)
+    model = GPT(GPTConfig(**{**config, **changes})).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(10)
+        for parameter in model.transformer.wpe.parameters():
+            parameter.add_(torch.rand_like(parameter))    # what an encoding learns, away from where it starts
+    return model
