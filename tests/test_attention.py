@@ -1,8 +1,4 @@
-"""
-Looking inside attention, on models whose answers are known beforehand.
-
-    python -m pytest tests/test_attention.py
-"""
+"""Looking inside attention, on models whose answers are known beforehand."""
 import json
 import math
 import shutil
@@ -44,6 +40,11 @@ def measured(model, length=2 * L, **options):
     return {name: x.mean(0) for name, x in measure(model, windows, starts, **options).items()}, starts
 
 
+def analyzed(model, length=4 * L):
+    checkpoint = {"config": vars(model.config), "model": model.state_dict(), "iter": 0}
+    return {"name": "a", **attention.analyze(checkpoint, torch.randint(50, (2, length)), CPU)}
+
+
 LAYERS = [*({"pe": pe} for pe in PE), {"pe": "hope", "window_pattern": "SL", "window": 5},
           {"pe": "nope", "local_pe": "rope", "local_rope_base": 100, "window_pattern": "SL", "window": 5},
           {"pe": "rope", "local_pe": "alibi", "window_pattern": "SL", "window": 0}]
@@ -63,6 +64,7 @@ def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(layers, monke
     length = L if layers["pe"] == "learned" else 3 * L
     model = tiny(**layers, attn_scaling="logn")
     inside = attention_inputs(model, torch.randint(50, (length,)))
+    assert not any(block.attn._forward_pre_hooks for block in model.transformer.h)  # left as it was
     past = torch.ones(length, length, dtype=torch.bool).tril()
     assert len(inside) == len(seen) == 2
     for (q, k, _, bias), (expected, mask) in zip(inside, seen):
@@ -71,13 +73,6 @@ def test_the_pairs_add_up_to_the_logit_of_the_models_own_attention(layers, monke
         if mask is not None:  # visible or not, or a bias
             expected = expected.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else expected + mask[0]
         torch.testing.assert_close(logits_of(q, k, bias)[:, past], expected[:, past], atol=1e-4, rtol=0)
-
-
-def test_a_hooked_model_is_left_as_it_was():
-    model, idx = tiny("hope"), torch.randint(50, (1, 40))
-    before = model(idx)[0]
-    attention_inputs(model, idx[0])
-    assert torch.equal(model(idx)[0], before) and not model.transformer.h[0].attn._forward_pre_hooks
 
 
 def test_the_shares_of_the_pairs_are_their_covariance_with_the_logit_and_add_up_to_one():
@@ -98,11 +93,8 @@ def test_the_shares_of_the_pairs_are_their_covariance_with_the_logit_and_add_up_
 @pytest.mark.parametrize("distance", [0, 1, 7, 19])
 def test_a_head_built_to_attend_to_a_distance_is_found_there(distance):
     found, starts = measured(constant_attention(distance=distance))
-    for group in ("inside", "beyond"):
-        logit = found[f"{group}/logit_by_distance"][0].nan_to_num(-math.inf)
-        assert starts[logit.argmax()] == distance
-        weight = found[f"{group}/weight_by_distance"][0].nan_to_num(0)
-        assert starts[weight.argmax()] == distance
+    for name in ("inside/logit", "inside/weight", "beyond/logit", "beyond/weight"):
+        assert starts[found[f"{name}_by_distance"][0].nan_to_num(-math.inf).argmax()] == distance
 
 
 def test_uniform_attention_has_entropy_ln_n_and_weight_1_over_n_and_no_favourite_distance():
@@ -158,8 +150,7 @@ def test_a_layer_with_a_window_has_statistics_of_its_window_only(pe):
     assert found["beyond/weight_by_distance"][0, :8].sum() == pytest.approx(1, abs=1e-4)
     assert found["entropy"][0].max() < math.log(8) < found["entropy"][1].max()
     assert found["inside/pair_share"].isfinite().all()
-    run = attention.analyze({"config": vars(model.config), "model": model.state_dict(), "iter": 0},
-                                    torch.randint(50, (2, 4 * L)), CPU)
+    run = analyzed(model)
     assert (torch.tensor(run["beyond/pair_excursion"]["layers"])[0] == 0).all()
     assert torch.tensor(run["inside/logit_by_distance"]["mean"])[torch.tensor(starts) < L].isfinite().all()
 
@@ -171,7 +162,8 @@ def test_bins_start_at_every_small_distance_and_at_L():
         assert block_size in starts or block_size == length
 
 
-def test_analysis_of_checkpoints_writes_json_and_its_pictures(finished_run, tmp_path, capsys):
+def test_analysis_of_checkpoints_prints_a_table_and_writes_json_and_pictures(finished_run, tmp_path, capsys):
+    """With L = 16, some queries inside L have 9 keys: 16 times their mean weight at distances below 16 was above 1."""
     pytest.importorskip("matplotlib")
     kept = shutil.copy(f"{finished_run}/best.pt", str(tmp_path / "ckpt_000010.pt"))
     attention.main([kept, "--windows", "2", "--device", "cpu", "--json", str(tmp_path / "a.json"),
@@ -180,20 +172,19 @@ def test_analysis_of_checkpoints_writes_json_and_its_pictures(finished_run, tmp_
     assert [run["name"] for run in result["runs"]] == ["ckpt_000010"] and result["runs"][0]["iter"] == 10
     assert {"command", "device", "dataset_sha256"} <= set(result)
     assert all((tmp_path / f"a_{name}.png").stat().st_size > 1000 for name in attention.DRAWINGS)
-    assert "after 10 steps" in capsys.readouterr().out
+    header, *rows = capsys.readouterr().out.split("after 10 steps")[1].splitlines()[1:]
+    assert "of nearest 8" in header and len(rows) == 4
+    assert all(0 < float(row.split()[8]) <= 1 for row in rows), rows
 
 
 def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():
-    checkpoint = {"config": vars(tiny("learned").config), "model": tiny("learned").state_dict(), "iter": 0}
-    run = attention.analyze(checkpoint, torch.randint(50, (2, 128)), CPU)
+    run = analyzed(tiny("learned"))
     assert run["length"] == 32 and "inside/pair_share" in run and "beyond/pair_share" not in run
     assert run["rotated"] == {"L": 0}
 
 
 def test_layers_with_windows_are_named_and_have_no_weight_on_keys_that_no_query_sees(capsys):
-    model = tiny("nope", local_pe="hope", window_pattern="SL", window=8)
-    checkpoint = {"config": vars(model.config), "model": model.state_dict(), "iter": 0}
-    run = {"name": "a", **attention.analyze(checkpoint, torch.randint(50, (2, 128)), CPU)}
+    run = analyzed(tiny("nope", local_pe="hope", window_pattern="SL", window=8))
     assert run["layers"] == "nope+hope:SL:8" and run["rotated"] == {"L": 0, "S": 2}
     attention.print_summary(run)
     text = capsys.readouterr().out
@@ -227,14 +218,6 @@ def test_runs_are_analyzed_at_their_own_L_at_any_length(max_factor, block_sizes,
             assert None not in run[name]["mean"]
         assert ("beyond/pair_share" in run) == (max_factor > 1)
         assert ("beyond/pair_excursion" in run) == (max_factor > 2)  # at 2 L, all queries have distances up to L only
-
-
-def test_the_summary_does_not_count_more_attention_than_there_is(finished_run, capsys):
-    """With L = 16, some queries inside L have 9 keys: 16 times their mean weight at distances below 16 was above 1."""
-    attention.main([finished_run, "--windows", "2", "--device", "cpu"])
-    header, *rows = capsys.readouterr().out.splitlines()[-5:]
-    assert "of nearest 8" in header and len(rows) == 4
-    assert all(0 < float(row.split()[8]) <= 1 for row in rows), rows
 
 
 def test_pictures_of_attention_are_drawn_from_the_json_at_2_L_too(finished_run, tmp_path, capsys, fails):

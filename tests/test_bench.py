@@ -1,8 +1,4 @@
-"""
-The benchmark: what it compares, its baseline, and races whose clock is known.
-
-    python -m pytest tests/test_bench.py
-"""
+"""The benchmark: what it compares, its baseline, and races whose clock is known."""
 import importlib
 import json
 import math

@@ -1,8 +1,4 @@
-"""
-Pictures of encodings, and what the papers prove about a single head.
-
-    python -m pytest tests/test_figures.py
-"""
+"""Pictures of encodings, and what the papers prove about a single head."""
 import json
 import math
 

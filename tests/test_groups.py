@@ -1,8 +1,4 @@
-"""
-Groups of runs that differ in their seed alone: arrangements, names, means over seeds.
-
-    python -m pytest tests/test_groups.py
-"""
+"""Groups of runs that differ in their seed alone: arrangements, names, means over seeds."""
 import csv
 import math
 

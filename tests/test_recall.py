@@ -1,8 +1,4 @@
-"""
-Recall: the tasks, models whose answers are known beforehand, passages that are read twice.
-
-    python -m pytest tests/test_recall.py
-"""
+"""Recall: the tasks, models whose answers are known beforehand, passages that are read twice."""
 import json
 
 import pytest
@@ -137,6 +133,7 @@ class Answers(torch.nn.Module):
     def forward(self, tokens, targets=None, cache=None):
         return torch.nn.functional.one_hot(self.answer(tokens, targets), tasks.VOCAB_SIZE).float(), None
 
+
 TASKS = tasks.EASY.tested | tasks.HARD.tested
 
 
@@ -192,21 +189,21 @@ def test_training_and_test_lengths_are_disjoint_and_sequences_depend_on_the_seed
     assert torch.equal(one, same) and not torch.equal(one, other)
 
 
-@pytest.mark.parametrize("layers", [{"pe": "learned"}, {"pe": "t5"}, {"pe": "hope", "window_pattern": "SL", "window": 5}],
-                         ids=lambda layers: layers["pe"])
-def test_sequences_that_pass_in_chunks_get_the_same_answers(layers):
-    model, tokens = tiny(**layers, block_size=40), torch.randint(50, (3, 37))
+@pytest.mark.parametrize("pe", ["learned", "t5", "hope:SL:5"])
+def test_sequences_that_pass_in_chunks_get_the_same_answers(pe):
+    model, tokens = tiny(**groups.fields_of(pe), block_size=40), torch.randint(50, (3, 37))
     whole = recall.most_likely(model, tokens, tokens)
     assert torch.equal(whole, model(tokens, tokens)[0].argmax(-1)) and whole.shape == tokens.shape
     torch.testing.assert_close(recall.most_likely(model, tokens, tokens, chunk=8), whole)
+
 
 RECALL = ["--max_iters", "1", "--n_embd", "16", "--max_factor", "2", "--batches", "1", "--device", "cpu"]
 
 
 def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_beyond_L(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    recall.main(["--pe", "hope", "learned", "--max_iters", "2", "--n_embd", "16", "--max_factor", "2", "--batches", "2",
-                 "--device", "cpu", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
+    recall.main([*RECALL, "--pe", "hope", "learned", "--json", str(tmp_path / "r.json"),
+                 "--plot", str(tmp_path / "r.png")])
     result = json.loads((tmp_path / "r.json").read_text())
     hope, learned = result["runs"]
     assert hope["tasks"]["copy"][1]["accuracy"] is not None and learned["tasks"]["copy"][1] is None
@@ -216,8 +213,8 @@ def test_a_few_steps_of_recall_write_json_and_picture_and_leave_out_learned_beyo
 
 def test_a_few_steps_of_the_hard_tasks_write_tables_json_and_picture(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    arguments = [*RECALL, "--pe", "hope", "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")]
-    recall.main(["--hard", *arguments])
+    recall.main([*RECALL, "--hard", "--pe", "hope", "--json", str(tmp_path / "r.json"),
+                 "--plot", str(tmp_path / "r.png")])
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["runs"][0]["tasks"].keys() == {"match", "crowd"} and result["flags"]["hard"]
     assert result["chance_in_part"] == {"match": 0.3333, "crowd": None} and result["chance_exact_without_order"] is None

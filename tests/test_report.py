@@ -1,8 +1,4 @@
-"""
-What scripts show: names, numbers, colours, pictures.
-
-    python -m pytest tests/test_report.py
-"""
+"""What scripts show: names, numbers, colours, pictures."""
 import math
 
 import pytest

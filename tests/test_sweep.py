@@ -1,8 +1,4 @@
-"""
-Sweeps: which runs there are, training that is stopped and continued.
-
-    python -m pytest tests/test_sweep.py
-"""
+"""Sweeps: which runs there are, training that is stopped and continued."""
 import csv
 import json
 import os
