@@ -21,7 +21,7 @@ import torch
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
@@ -267,6 +267,7 @@ def score_runs(args, checkpoints, names, windows, edges, characters, device):
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
         model = load_model(checkpoint).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():  # L tokens need no scaling but that of the training: one score for all
             local_losses = score_local(model, windows, config["block_size"], batch_size)
         for scaling in scalings(args, config):

@@ -329,8 +329,9 @@ class GPT(nn.Module):
         window = config.window if kind == "S" else 0
         oldest = max(0, past - window + 1) if window else 0
         q_pos, k_pos = pos[past:], pos[oldest:]
-        rotary = pe.rotary(q_pos)
-        mask = self.attention_mask(pe.bias(q_pos, k_pos), q_pos, k_pos, window)
+        with torch.autocast(pos.device.type, enabled=False):  # float32, as PositionalEncoding says
+            rotary, bias = pe.rotary(q_pos), pe.bias(q_pos, k_pos)
+        mask = self.attention_mask(bias, q_pos, k_pos, window)
         query_scale = self.query_scale(config, q_pos, rotary is not None)
         return LayerPositions(rotary, mask, query_scale, window)
 
