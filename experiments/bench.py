@@ -118,15 +118,19 @@ def step_of(pe, config, optimizer, x, y, device, compiled):
     return partial(training_step, torch.compile(model) if compiled else model, optimizer, x, y, device.autocast())
 
 
+def will_compile(args, device):
+    return pick_compile(args.compile, device.torch_device, args.n_embd, steps=1000)  # as if for a long training
+
+
 def step_maker(args, config, device):
     """-> a function from an arrangement of layers to its training step, all on the same batch."""
     x, y = torch.randint(config["vocab_size"], (2, args.batch_size, args.block_size), device=device.torch_device)
     return partial(step_of, config=config, optimizer=args.optimizer, x=x, y=y, device=device,
-                   compiled=pick_compile(args.compile, device.torch_device))
+                   compiled=will_compile(args, device))
 
 
 def bench_train(args, config, device):
-    make_step, compiled = step_maker(args, config, device), pick_compile(args.compile, device.torch_device)
+    make_step, compiled = step_maker(args, config, device), will_compile(args, device)
     results = {"dtype": str(device.dtype).removeprefix("torch."), "compiled": compiled, "optimizer": args.optimizer,
                "encodings": {}}
     print(f"\na training step, {device.dtype}: time, that of nope, ratio")
