@@ -408,7 +408,7 @@ def main(argv=None):
     parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and beyond it.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
     add("runs", nargs="*", metavar="OUT_DIR", help="runs' folders (best.pt is read, if there is one) or checkpoints")
-    add("--json_in", metavar="FILE", help="measure nothing: draw what --json wrote")
+    add("--json_in", metavar="FILE", help="measure nothing: draw with --plot what --json wrote")
     add_text_flags(parser)
     add("--max_factor", type=count, default=4,
         help="length of a run's windows in multiples of its block_size; memory grows with its square")
@@ -419,8 +419,10 @@ def main(argv=None):
     report.check_outputs(args)
     if bool(args.runs) == bool(args.json_in):
         raise ValueError("name OUT_DIR..., the folders of runs, or --json_in FILE")
+    if args.json_in and not args.plot:
+        raise ValueError("--json_in measures nothing: name a picture with --plot")
     result = {"runs": read_runs(args.json_in)} if args.json_in else analyze_all(args)
-    if args.json and args.runs:
+    if args.json:
         report.write_json(args.json, "-m experiments.attention", result, digits=4)
     if args.plot:
         draw(result["runs"], args.plot)

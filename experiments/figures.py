@@ -263,6 +263,8 @@ def main(argv=None):
     report.check_outputs(args)
     if (args.what == "encodings") != bool(args.runs):
         raise ValueError("encodings needs runs' folders, the other pictures need none")
+    if args.json and args.what != "theory":
+        raise ValueError("--json: theory alone has numbers to write")
     config = GPTConfig(n_embd=args.head_dim, n_head=1, block_size=args.block_size, rope_base=args.rope_base,
                        hope_cutoff=args.hope_cutoff)
     if args.what == "idea":

@@ -194,8 +194,8 @@ def make_jobs(given, out_dir, config=()):
 def train_all(jobs, at_a_time):
     """Train what is not finished -> the number of the signal that stopped it, or None."""
     waiting, running = [job for job in jobs if not job.is_finished()], []
-    n_groups = len({job.group for job in jobs})
-    print(f"{len(jobs)} runs in {n_groups} groups, {len(jobs) - len(waiting)} of them finished; {at_a_time} at a time")
+    print(f"runs: {len(jobs)}, groups: {len({job.group for job in jobs})}, finished: {len(jobs) - len(waiting)}, at a "
+          f"time: {at_a_time}")
     with stop_signals() as signals, tqdm(total=sum(job.settings["max_iters"] for job in jobs), unit="step", smoothing=0,
                                          initial=sum(job.steps for job in jobs), dynamic_ncols=True) as bar:
         try:

@@ -235,7 +235,8 @@ def test_pictures_of_attention_are_drawn_from_the_json_at_2_L_too(finished_run, 
 
 @pytest.mark.parametrize("arguments, words", [
     (["{tmp}/none"], "no checkpoint"), (["{run}", "--json", "{tmp}/none/a.json"], "folder"), ([], "name OUT_DIR"),
-    (["{run}", "--json_in", "{tmp}/a.json"], "name OUT_DIR"), (["{run}", "--max_factor", "100000"], "--max_factor")])
+    (["{run}", "--json_in", "{tmp}/a.json"], "name OUT_DIR"), (["--json_in", "{tmp}/a.json"], "with --plot"),
+    (["{run}", "--max_factor", "100000"], "lower --max_factor")])
 def test_mistakes_get_one_line_and_exit_code_2(arguments, words, finished_run, tmp_path, fails):
     code, lines = fails(attention, [text.format(tmp=tmp_path, run=finished_run) for text in arguments])
     assert code == 2 and len(lines) == 1 and words in lines[0], lines

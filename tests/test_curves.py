@@ -10,6 +10,8 @@ from experiments.groups import group_by_seed
 from model import GPTConfig
 from tests.test_groups import scored
 
+pytest.importorskip("matplotlib")
+
 # --- losses over training
 
 
@@ -31,7 +33,6 @@ def log_line(step, **losses):
 
 def drawn_lines(monkeypatch, arguments):
     """The arguments of curves -> color, x and y of each line in the picture."""
-    pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(report, "save_picture", lambda figure, path: figures.append(figure))
     curves.main(arguments)
@@ -55,7 +56,6 @@ def test_training_losses_are_drawn_where_they_are_and_a_line_that_a_kill_cut_sho
 
 def test_a_finished_run_is_drawn_in_the_colour_of_its_encoding_and_summed_up(finished_run, tmp_path, monkeypatch,
                                                                              capsys):
-    pytest.importorskip("matplotlib")
     curves.main([finished_run, "--plot", str(tmp_path / "losses.png")])
     assert (tmp_path / "losses.png").stat().st_size > 1000
     lines = drawn_lines(monkeypatch, [finished_run])
@@ -67,7 +67,6 @@ def test_a_finished_run_is_drawn_in_the_colour_of_its_encoding_and_summed_up(fin
     ((), "no validation loss"), ((log_line(0, train_loss=1.0),), "no validation loss"), (({"loss": 1},), "not a log"),
     (("[1]\n",), "not a log"), (None, "there is no")])
 def test_a_folder_without_losses_is_refused_in_one_line(lines, words, logs, tmp_path, fails):
-    pytest.importorskip("matplotlib")
     run = str(tmp_path / "nothing") if lines is None else logs("a", *lines)
     code, output = fails(curves, [run, "--plot", str(tmp_path / "x.png")])
     assert code == 2 and len(output) == 1 and words in output[0]
@@ -135,7 +134,6 @@ def test_the_fraction_that_HoPE_rotates_and_the_smallest_base_are_marked():
 
 
 def test_the_picture_has_a_panel_per_range_and_a_dotted_mark(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(report, "save_picture", lambda figure, path: drawn.append(figure))
     groups = groups_of(*[({"pe": "prope", "prope_fraction": p}, (2.0 - p, 3.0)) for p in (0.25, 0.5)],
@@ -156,7 +154,6 @@ def test_the_picture_has_a_panel_per_range_and_a_dotted_mark(tmp_path, monkeypat
 @pytest.mark.parametrize("flag, words", [("pe", "not a flag with a number"), ("none", "not a flag with a number"),
                                          ("hope_cutoff", "no two groups"), ("block_size", "different --block_size")])
 def test_what_cannot_be_drawn_against_a_flag_is_refused_in_one_line(flag, words, tmp_path, fails):
-    pytest.importorskip("matplotlib")
     group, = groups_of(({"pe": "hope"}, (2.0, 3.0)))
     longer = {**group, "args": {**group["args"], "block_size": 512}, "buckets": group["buckets"][:1]}
     file = groups_file(tmp_path / "a.json", [group, longer] if flag == "block_size" else [group])

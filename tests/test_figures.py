@@ -137,7 +137,8 @@ def test_the_statements_are_printed_written_and_drawn(tmp_path, capsys):
 @pytest.mark.parametrize("arguments, words", [
     (["idea", "--head_dim", "7"], "odd"), (["theory", "--head_dim", "7"], "odd"), (["encodings"], "needs runs"),
     (["encodings", "{tmp}/none", "--plot", "{tmp}/a.png"], "no checkpoint"), (["idea", "{tmp}/none"], "need none"),
-    (["idea", "--plot", "{tmp}/none/a.png"], "folder"), (["picture"], "invalid choice")])
+    (["idea", "--plot", "{tmp}/none/a.png"], "folder"), (["picture"], "invalid choice"),
+    (["idea", "--json", "{tmp}/a.json"], "theory alone")])
 def test_mistakes_get_one_line_and_exit_code_2(arguments, words, tmp_path, fails):
     code, lines = fails(figures, [text.format(tmp=tmp_path) for text in arguments])
     assert code == 2 and len(lines) == 1 and words in lines[0], lines

@@ -209,7 +209,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path, monkeypatch, c
     assert [job.failure for job in jobs] == [None, "train.py: error: of this kind", None, "killed by signal 9"]
     output = capsys.readouterr()
     assert "hope, seed 2 failed: train.py: error: of this kind" in output.out
-    assert "40/40" in output.err and "4 runs in 1 groups, 0 of them finished" in output.out
+    assert "40/40" in output.err and "runs: 4, groups: 1, finished: 0" in output.out
 
 
 def test_a_run_that_train_py_refuses_ends_the_sweep_and_stops_the_others(tmp_path, monkeypatch):
