@@ -376,7 +376,6 @@ def draw(runs, path):
         plot(runs, path.with_name(f"{path.stem}_{name}{path.suffix}"))
 
 
-
 def read_runs(path):
     """What --json wrote -> its runs. Raises ValueError if it is something else."""
     try:

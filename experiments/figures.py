@@ -247,7 +247,6 @@ def draw_statements(found, path):
     report.save_picture(figure, path)
 
 
-
 def main(argv=None):
     parser = flags.ArgumentParser("Pictures about encodings (need matplotlib).")
     add = parser.add_argument

@@ -257,7 +257,6 @@ def show(runs, args, **origin):
         eval_extrapolation.plot(groups, args.plot)
 
 
-
 def make_parser():
     parser = flags.ArgumentParser("Train a model for each combination of flags, score all of them, and average over "
                                   "seeds. All flags of train.py can be given, with one or several values each; --pe "

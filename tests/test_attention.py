@@ -131,6 +131,11 @@ def test_beyond_L_slow_pairs_leave_their_range_and_pairs_that_complete_a_turn_do
     assert (swing["rope"][(wavelength > 2.5 * L) & (wavelength < 8 * L)] > 0.5).all()
 
 
+def test_an_excursion_is_how_far_a_curve_leaves_its_range_up_to_L_at_distances_that_all_queries_have():
+    curves = torch.tensor([[2.0, 3.0, math.nan, 1.5, 3.2, 9.0], [2.0, 3.0, 3.0, 3.0, 2.0, 9.0]])
+    assert pair_excursion(curves, starts=[0, 1, 2, 4, 8, 16], block_size=4).tolist() == [0.5, 0]
+
+
 def test_logn_scaling_sharpens_attention_beyond_L_only():
     plain, starts = measured(tiny("hope", block_size=L), length=4 * L)
     scaled, _ = measured(tiny("hope", block_size=L, attn_scaling="logn"), length=4 * L)

@@ -79,6 +79,8 @@ def test_one_seed_has_no_error_and_an_encoding_that_ends_at_L_has_no_loss_beyond
     learned = found[1]["buckets"]
     assert learned[1]["nll"] is learned[1]["ppl_std"] is learned[1]["nll_above_first"] is None
     assert learned[0]["nll_above_first"] == pytest.approx(0.2)  # of seed 1, which both have
+    after = group_by_seed([scored("learned", 1, (2.2, None), (2.0, 2.1)), scored("rope", 1, (2.0, 3.0))])[1]
+    assert after["buckets"][1]["nll_above_first"] is None and after["buckets"][1]["nll"] == 3
     groups.print_groups(found)
     output = capsys.readouterr().out
     assert "learned" in output and output.count("\n\n") == 2 and "minus loss with the last L tokens" in output

@@ -170,8 +170,10 @@ def test_a_run_is_found_by_its_settings_whatever_its_folder_is_called_and_anothe
     job, = sweep.make_jobs({"pe": ["rope"]}, tmp_path)
     assert (job.folder.name, job.steps) == ("rope-n_head-4-seed-1", 7)
     save("rope-seed-2", batch_size=5, seed=2)
-    with pytest.raises(ValueError, match="rope-seed-2 holds a run with other flags"):
-        sweep.make_jobs({"pe": ["rope"], "seed": ["2"]}, tmp_path)
+    for given, folder in (({"pe": ["rope"], "seed": ["2"]}, "rope-seed-2"),
+                          ({"pe": ["hope:SL:4", "hope+hope:SL:4"]}, "hope-SL-4-seed-1")):  # the same, in two ways
+        with pytest.raises(ValueError, match=f"{folder} holds a run with other flags"):
+            sweep.make_jobs(given, tmp_path)
 
 
 class Process:
