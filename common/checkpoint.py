@@ -5,6 +5,7 @@ A checkpoint is a dict of plain values and tensors: config (GPTConfig), model (w
 run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --resume needs.
 """
 import json
+import math
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -14,8 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 
-# --------------------------------------------------------------------------------------------------
-# Atomic writes
+# --- Atomic writes ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -23,8 +23,7 @@ def replacing(path):
     """Open a file beside `path` for writing, and rename it to `path` once it is complete and on the disk.
 
     Whenever the process is killed, `path` is the old file or the new one. Raises OSError, for example on a full disk;
-    the old file is then kept.
-    """
+    the old file is then kept."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -64,8 +63,7 @@ def exclusive(out_dir, rank):
         raise ValueError(f"another process is training in {out_dir}: choose another --out_dir") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
@@ -81,8 +79,7 @@ def load_checkpoint(path):
     """A checkpoint file, or the one in a run's folder (best.pt, else ckpt.pt) -> dict.
 
     Reads nanoGPT's ckpt.pt too, which holds neither dataset nor tokenizer (None). Executes nothing in the file
-    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project.
-    """
+    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project."""
     path = Path(path)
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
@@ -120,8 +117,7 @@ def load_model(checkpoint, **overrides):
     """A path, or what load_checkpoint returned -> the GPT, ready to evaluate.
 
     overrides replace fields of its configuration that the weights do not depend on, such as rope_scaling="yarn".
-    Raises ValueError if the weights do not fit the configuration.
-    """
+    Raises ValueError if the weights do not fit the configuration."""
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
     model = GPT(GPTConfig(**{**checkpoint["config"], **overrides}))
@@ -132,12 +128,11 @@ def load_model(checkpoint, **overrides):
     return model.eval()
 
 
-def init_weights(model, checkpoint):
-    """Copy the weights of a checkpoint into a model -> (names taken, names that are new, names left out).
+def copy_matching_weights(model, checkpoint):
+    """Copy the weights of a checkpoint into a model -> (names copied, names that are new, names left out).
 
-    The encoding's own values carry over if the encoding is the same. The network around it has to be: raises
-    ValueError with what differs.
-    """
+    What an encoding has learned is copied if the encoding is the same. Raises ValueError if the network around it
+    differs, with what differs."""
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
              if was.get(name, now[name]) != now[name]]
@@ -146,24 +141,24 @@ def init_weights(model, checkpoint):
                                                                   for name in fixed) + ": leave these flags out")
     weights, own = checkpoint["model"], model.state_dict()
     old, new = GPTConfig(**was), model.config
-    changed = [module for module, a, b in (("wpe.", old.pe, new.pe), ("wpe_local.", old.local().pe, new.local().pe))
-               if a != b]
-    dropped = {name for name in weights if name.startswith(tuple(f"transformer.{module}" for module in changed))}
-    taken = [name for name in own if name in weights and name not in dropped]
-    for name in taken:
-        if weights[name].shape != own[name].shape:
-            raise ValueError(f"--init_from: {name} has shape {tuple(weights[name].shape)} there and "
-                             f"{tuple(own[name].shape)} here; learned positions cannot change their block_size: "
-                             "choose another --pe or the same --block_size")
-    model.load_state_dict({**own, **{name: weights[name] for name in taken}})
-    return taken, [name for name in own if name not in taken], [name for name in weights if name not in taken]
+    changed = tuple(f"transformer.{module}." for module, a, b in (
+        ("wpe", old.pe, new.pe), ("wpe_local", old.local().pe, new.local().pe)) if a != b)
+    copied = {name: value for name, value in weights.items() if name in own and not name.startswith(changed)}
+    for name, value in copied.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"--init_from: {name} has shape {tuple(value.shape)} there and {tuple(own[name].shape)} "
+                             "here; learned positions cannot change their block_size: choose another --pe or the same "
+                             "--block_size")
+    new_names = model.load_state_dict(copied, strict=False).missing_keys
+    return list(copied), new_names, [name for name in weights if name not in copied]
 
 
-# --------------------------------------------------------------------------------------------------
-# log.jsonl, one JSON object per evaluation
+# --- log.jsonl, one JSON object per evaluation ------------------------------------------------------------------------
 
 
 def append_log(path, line):
+    """Add a line. JSON has no nan, so a number that is not finite becomes null."""
+    line = {name: value if math.isfinite(value) else None for name, value in line.items()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -171,8 +166,7 @@ def append_log(path, line):
 def cut_log(path, last_iter):
     """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short.
 
-    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's.
-    """
+    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's."""
     kept, opening = [], '{"iter": '  # of a line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     foreign = lines and not opening.startswith(lines[0][:len(opening)])

@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-from model import knob
+from model import setting
 
 LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone, for config/cpu_demo
 
 
 @dataclass
 class OptimizerConfig:
-    optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
-                          one_of=tuple(LEARNING_RATES))
-    learning_rate: float | None = knob(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
-                                       above=0)
-    muon_learning_rate: float = knob(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
-    muon_momentum: float = knob(0.9, "Muon: decay of the average gradient", at_least=0, below=1)
-    min_lr: float | None = knob(None, "learning rate at lr_decay_iters and after; default: a tenth", at_least=0)
-    warmup_iters: int = knob(50, "steps from 0 to learning_rate", at_least=0)
-    lr_decay_iters: int | None = knob(None, "steps until min_lr; default: max_iters", at_least=1)
-    weight_decay: float = knob(0.1, "of matrices; biases, norms and encodings have none", at_least=0)
-    beta1: float = knob(0.9, "AdamW: decay of the average gradient", at_least=0, below=1)
-    beta2: float = knob(0.99, "AdamW: decay of the average squared gradient", at_least=0, below=1)
+    optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for "
+                             "all", one_of=tuple(LEARNING_RATES))
+    learning_rate: float | None = setting(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
+                                          above=0)
+    muon_learning_rate: float = setting(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
+    muon_momentum: float = setting(0.9, "Muon: decay of the average gradient", at_least=0, below=1)
+    min_lr: float | None = setting(None, "learning rate at lr_decay_iters and after; default: a tenth", at_least=0)
+    warmup_iters: int = setting(50, "steps from 0 to learning_rate", at_least=0)
+    lr_decay_iters: int | None = setting(None, "steps until min_lr; default: max_iters", at_least=1)
+    weight_decay: float = setting(0.1, "of matrices; biases, norms and encodings have none", at_least=0)
+    beta1: float = setting(0.9, "AdamW: decay of the average gradient", at_least=0, below=1)
+    beta2: float = setting(0.99, "AdamW: decay of the average squared gradient", at_least=0, below=1)
 
     def __post_init__(self):
         self.learning_rate = self.learning_rate or LEARNING_RATES[self.optimizer]
@@ -35,8 +35,7 @@ def orthogonalized(x, dtype):
     """Matrices x (..., rows, columns) with their singular values replaced by about 1 (0.7 to 1.2), computed in dtype.
 
     Five Newton-Schulz iterations x <- a x + (b A + c A A) x with A = x x^T. Each is an odd polynomial of x, so that it
-    acts on the singular values alone. The coefficients are Keller Jordan's.
-    """
+    acts on the singular values alone. The coefficients are Keller Jordan's."""
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # x x^T is the smaller one
@@ -56,8 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     It differs from torch.optim.Muon in two points. The matrices of a group can consist of `parts` stacked ones, such as
     q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization:
-    torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it.
-    """
+    torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it."""
 
     def __init__(self, groups, lr, momentum, weight_decay, dtype):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
@@ -107,8 +105,7 @@ class Optimizers:
 def make_optimizer(model, config, device, dtype=torch.float32):
     """The optimizer of an OptimizerConfig; dtype: that of the model's matrix products.
 
-    Matrices decay; biases, norms and what an encoding learns do not.
-    """
+    Matrices decay; biases, norms and what an encoding learns do not."""
     matrices, embeddings, vectors = [], [], []
     for name, parameter in model.named_parameters():
         vector = parameter.dim() < 2 or name.startswith("transformer.wpe")
