@@ -12,6 +12,7 @@ Interactions larger than two standard errors are shown. Few seeds make this a we
 star (two-sided, by Student's t, for normal errors).
 
 A seed counts for an effect if all runs that the effect needs are there. A run without rotation counts for every base.
+Two factors that always change together, as in runs of two corners of a larger grid, count as one.
 """
 import itertools
 import math
@@ -46,6 +47,14 @@ def levels_of(runs):
     values = [{name: level(run, config) for name, level in FACTORS.items()} for run, config in zip(runs, configs)]
     levels = {name: LEVELS[name](list({value[name] for value in values})) for name in FACTORS}
     levels = {name: found for name, found in levels.items() if len(found) > 1}
+    for a, b in itertools.combinations(list(levels), 2):
+        pairs = {value[a]: value[b] for value in values}
+        if len(set(pairs.values())) == len(pairs) == len({(value[a], value[b]) for value in values}):
+            joint = {f"{a}, {b}": [f"{as_text(level)}, {as_text(pairs[level])}" for level in levels[a]]}
+            for value in values:
+                value |= {name: found[levels[a].index(value[a])] for name, found in joint.items()}
+            levels = joint | {name: found for name, found in levels.items() if name not in (a, b)}
+            break
     indices = []
     for value, config in zip(values, configs):
         turns = config.pe != "nope" or value["windows"] != "none"
@@ -53,6 +62,10 @@ def levels_of(runs):
         indices.append([tuple(found.index({**value, "base": base}[name]) for name, found in levels.items())
                         for base in bases])
     return levels, indices
+
+
+def as_text(level):
+    return f"{level:g}" if isinstance(level, (int, float)) else level
 
 
 def grid(runs, levels, indices, seeds, measure):
@@ -115,8 +128,8 @@ def effects_of(runs):
 
 def name_of(row):
     """{"factors": ["base"], "levels": [[100, 10000]]} -> "base 100 - 10000"."""
-    return " x ".join(f"{factor} {level:g} - {first:g}" if isinstance(level, (int, float)) else
-                      f"{factor} {level} - {first}" for factor, (level, first) in zip(row["factors"], row["levels"]))
+    return " x ".join(f"{factor} {as_text(level)} - {as_text(first)}"
+                      for factor, (level, first) in zip(row["factors"], row["levels"]))
 
 
 def is_large(row):

@@ -89,6 +89,18 @@ def test_a_seed_counts_where_all_runs_that_an_effect_needs_are_there():
     assert found(result, "nll", ["base"], [[100.0, 10000.0]])["seeds"] == [1, 2]
 
 
+def test_factors_that_always_change_together_are_one():
+    corners = [run for run in make_runs() if run["pe"] != "nope"
+               and (run["config"]["n_head"], run["config"]["rope_base"]) in ((4, 10000), (2, 100))]
+    result = effects.effects_of(corners)
+    assert list(result["levels"]) == ["head size, base", "encoding", "windows", "log-n"]
+    row = found(result, "nll", ["head size, base"], [["64, 100", "32, 10000"]])
+    cells = list(itertools.product(("rope", "hope"), WINDOWS, (0, 1)))
+    by_seed = [statistics.fmean(value(seed, 2, 100, *cell, 0) - value(seed, 4, 1e4, *cell, 0) for cell in cells)
+               for seed in SEEDS]
+    assert row["mean"][0] == pytest.approx(statistics.fmean(by_seed))
+
+
 def test_two_runs_of_one_cell_and_seed_are_refused():
     runs = make_runs()
     with pytest.raises(ValueError, match="same levels and seed"):
