@@ -18,7 +18,8 @@ by ln(n + 1) / ln L. For comparison, "last L keys" removes all that is far: no d
 
 Noise. The logits of the fast pairs are sums of few waves over distance. Where many of them meet in phase, far tokens
 get large logits whatever they say. "fast pairs silent" leaves the fast pairs out of the logits of keys that are L or
-more tokens away. `noise` compares the highest peak of the mean logit beyond L with the rise of the loss, over models.
+more tokens away. `score` gives the highest peak of the mean logit beyond L; `noise` compares it with the rise of the
+loss over the models of a study.
 `train` trains HoPE with as many pairs between the same slowest and fastest, in another spacing: "equal" steps of
 frequency, whose waves all meet again and again; "late", of 1,000 random draws the one whose waves meet least.
 Checkpoints do not hold the spacing: give it again to score them.
@@ -210,11 +211,12 @@ def peaks(model, windows, max_factor=16):
     windows (N, at least L). For each full layer and head: the mean query and the mean key, before rotation, over tokens
     of [0, L); the mean logit of a key at each distance if the two do not depend on each other; its highest value in
     [L, max_factor L) minus its mean in [0, L), divided by the standard deviation of the logits in [0, L).
-    -> the mean over layers and heads.
+    -> the mean over layers and heads; 0 if no fast pair rotates.
     """
-    L, found = model.config.block_size, []
-    theta = model.encodings["L"].theta
+    L, found, theta = model.config.block_size, [], getattr(model.encodings["L"], "theta", torch.empty(0))
     theta = theta[theta * L >= 2 * math.pi]  # (F,)
+    if len(theta) == 0:
+        return 0.0
     n_pairs, K = model.config.n_embd // model.config.n_head // 2, len(theta)
     turn = torch.exp(1j * torch.arange(max_factor * L)[:, None] * theta.double())  # (distances, F)
     x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
@@ -311,11 +313,13 @@ def over_seeds(runs):
             ranges = [{"start": rows[0]["start"], "end": rows[0]["end"], **with_error("nll", rows),
                        **with_error("above", rows)} for rows in zip(*scored)]
             changes[name] = {"ranges": ranges, **with_error("removed", [{"removed": share} for share in removed])}
-        groups.append({"name": members[0]["name"], "seeds": [run["seed"] for run in members], "changes": changes})
+        groups.append({"name": members[0]["name"], "seeds": [run["seed"] for run in members],
+                       **with_error("peak", members), "changes": changes})
     return groups
 
 
 def with_error(key, rows):
+    """The mean of a key over rows, and its standard error."""
     mean, stderr = report.mean_and_stderr([row[key] for row in rows])
     return {key: mean, f"{key}_stderr": stderr}
 
@@ -328,9 +332,10 @@ def show_groups(groups):
             key = "nll" if name == "nothing" else "above"
             rows[name] = [report.format_cell(row[key], row[f"{key}_stderr"]) for row in change["ranges"]]
             rows[name].append(report.format_cell(change["removed"], change["removed_stderr"], 2))
-        report.print_table(f"{group['name']}, seeds {group['seeds']}: loss with nothing changed, then what each change "
-                           "adds, in nats per token, and the share of the rise that it removes, ± standard error over "
-                           "seeds", columns, rows)
+        peak = report.format_cell(group["peak"], group["peak_stderr"], 2)
+        print(f"\n{group['name']}, seeds {group['seeds']}, highest peak {peak}")
+        report.print_table("loss with nothing changed, then what each change adds, in nats per token, and the share of the "
+                           "rise that it removes, ± standard error over seeds", columns, rows)
 
 
 def write(args, result):
@@ -355,9 +360,10 @@ def score_command(args):
     checkpoints, windows, edges, text_sha256 = text_windows(args, args.runs)
     known, runs = earlier_runs(args, text_sha256), []
     for name, checkpoint in zip(report.run_names(args.runs), checkpoints):
-        changes = known[name]["changes"] if name in known else score(load_model(checkpoint), windows, edges)
+        model = load_model(checkpoint)
+        changes = known[name]["changes"] if name in known else score(model, windows, edges)
         runs.append({"name": name, "seed": checkpoint["args"]["seed"], "config": checkpoint["config"],
-                     "changes": changes})
+                     "peak": peaks(model, windows, args.max_factor), "changes": changes})
         result = {"dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}),
                   "groups": over_seeds(runs), "runs": runs}
         write(args, result)  # after each run, since many take long

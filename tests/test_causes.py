@@ -159,8 +159,8 @@ def test_biases_are_refused(windows):
 def test_scores_are_paired_differences_and_groups_the_means_of_seeds(windows):
     edges, models = [0, L, 2 * L, 48], [make_model(pe="rope"), make_model(pe="rope", rope_base=50.0)]
     config = vars(models[0].config)
-    runs = [{"name": str(seed), "seed": seed, "config": config, "changes": causes.score(model, windows, edges)}
-            for seed, model in enumerate(models)]
+    runs = [{"name": str(seed), "seed": seed, "config": config, "peak": 1.0 + seed,
+             "changes": causes.score(model, windows, edges)} for seed, model in enumerate(models)]
     own, changed = (causes.losses_of(models[0], windows, change) for change in (Change(), Change("clamped")))
     row = runs[0]["changes"]["angles clamped"][2]
     assert row["nll"] == pytest.approx(changed[:, 32:48].mean().item(), rel=1e-5)
@@ -169,7 +169,7 @@ def test_scores_are_paired_differences_and_groups_the_means_of_seeds(windows):
     assert row["above_stderr"] == pytest.approx((by_window.std() / math.sqrt(3)).item(), rel=1e-3)
     group, = causes.over_seeds(runs)
     rows = [run["changes"]["angles clamped"] for run in runs]
-    assert group["seeds"] == [0, 1]
+    assert group["seeds"] == [0, 1] and group["peak"] == 1.5 and group["peak_stderr"] == pytest.approx(0.5)
     mean = sum(ranges[2]["above"] for ranges in rows) / 2
     assert group["changes"]["angles clamped"]["ranges"][2]["above"] == pytest.approx(mean)
     removed = [-ranges[2]["above"] / (run["changes"]["nothing"][2]["nll"] - run["changes"]["nothing"][0]["nll"])
@@ -226,6 +226,11 @@ def test_the_peak_is_that_of_the_mean_logit_of_independent_tokens(windows):
         std = torch.cat([logits[:, i, :i + 1].flatten() for i in range(L)]).std().item()
         values.append((max(mean[L:]) - sum(mean[:L]) / L) / std)
     assert causes.peaks(model, windows) == pytest.approx(sum(values) / 2, rel=1e-3)
+
+
+def test_without_fast_pairs_there_is_no_peak(windows):
+    assert causes.peaks(make_model(pe="nope"), windows) == 0
+    assert causes.peaks(make_model(pe="prope", prope_fraction=0.0), windows) == 0
 
 
 def test_rank_correlation():
