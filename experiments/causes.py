@@ -334,8 +334,8 @@ def show_groups(groups):
             rows[name].append(report.format_cell(change["removed"], change["removed_stderr"], 2))
         peak = report.format_cell(group["peak"], group["peak_stderr"], 2)
         print(f"\n{group['name']}, seeds {group['seeds']}, highest peak {peak}")
-        report.print_table("loss with nothing changed, then what each change adds, in nats per token, and the share of the "
-                           "rise that it removes, ± standard error over seeds", columns, rows)
+        report.print_table("loss with nothing changed, then what each change adds, in nats per token, and the share of "
+                           "the rise that it removes, ± standard error over seeds", columns, rows)
 
 
 def write(args, result):
