@@ -101,6 +101,16 @@ def test_factors_that_always_change_together_are_one():
     assert row["mean"][0] == pytest.approx(statistics.fmean(by_seed))
 
 
+def test_only_runs_with_some_levels_are_selected():
+    runs = effects.selected(make_runs(), ["windows=none", "head size=64", "base=100"])
+    assert len(runs) == 3 * 2 * 2  # seeds, rope and hope, log-n
+    left = {(run["pe"], run["config"]["n_head"], run["config"]["window"]) for run in runs}
+    assert left == {("rope", 2, 0), ("hope", 2, 0)}
+    for wrong in ("head", "head size", "base=7"):
+        with pytest.raises(ValueError, match=f"--only {wrong}"):
+            effects.selected(runs, [wrong])
+
+
 def test_two_runs_of_one_cell_and_seed_are_refused():
     runs = make_runs()
     with pytest.raises(ValueError, match="same levels and seed"):
