@@ -166,8 +166,9 @@ def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes, added):
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_matrices_that_write_to_the_residual_stream_start_smaller_the_more_of_them_there_are(n_layer):
     """Their outputs add up: with n of them, each has a variance of 1 / n of that of the other matrices."""
-    model = GPT(GPTConfig(n_embd=256, n_layer=n_layer, vocab_size=1000))
-    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    model = GPT(GPTConfig(pe="learned", n_embd=256, n_layer=n_layer, vocab_size=1000))
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in model.transformer.h:
         for matrix in (block.attn.c_attn, block.mlp.c_fc):
             assert matrix.weight.std().item() == pytest.approx(0.02, rel=0.05)
