@@ -128,6 +128,7 @@ def test_the_loss_is_each_tokens_or_their_mean_without_targets_of_minus_one_and_
     last, none = model(idx)
     assert none is None and last.shape == (2, 1, 50)
     torch.testing.assert_close(last, logits[:, -1:])
+    assert model.to(torch.bfloat16)(idx, targets)[1].dtype == torch.float32
 
 
 # --- layers that see a short window
@@ -165,8 +166,9 @@ def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes, added):
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_matrices_that_write_to_the_residual_stream_start_smaller_the_more_of_them_there_are(n_layer):
     """Their outputs add up: with n of them, each has a variance of 1 / n of that of the other matrices."""
-    model = GPT(GPTConfig(n_embd=256, n_layer=n_layer, vocab_size=1000))
-    assert model.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    model = GPT(GPTConfig(pe="learned", n_embd=256, n_layer=n_layer, vocab_size=1000))
+    for embedding in (model.transformer.wte, model.transformer.wpe):
+        assert embedding.weight.std().item() == pytest.approx(0.02, rel=0.05)
     for block in model.transformer.h:
         for matrix in (block.attn.c_attn, block.mlp.c_fc):
             assert matrix.weight.std().item() == pytest.approx(0.02, rel=0.05)
@@ -279,6 +281,17 @@ def test_generation_samples_within_top_k_and_follows_the_seed():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     best_three = model(idx)[0][0, -1].topk(3).indices.tolist()
     assert set(model.generate(idx.expand(200, -1), 1, temperature=100.0, top_k=3)[:, -1].tolist()) == set(best_three)
+
+
+def test_temperature_divides_the_logits_and_sampling_keeps_no_gradients():
+    model, idx, texts, gradients = tiny("hope"), torch.randint(50, (1, 5)), [], []
+    model.lm_head.register_forward_hook(lambda _, args, logits: gradients.append(logits.requires_grad))
+    for temperature, scale in ((1 / 64, 1), (1, 64), (1, 1)):
+        with torch.no_grad():
+            model.transformer.ln_f.weight.fill_(scale)  # whose bias is 0: logits are multiplied
+        torch.manual_seed(1)
+        texts.append(model.generate(idx, 30, temperature))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2]) and not any(gradients)
 
 
 def test_top_k_larger_than_the_vocabulary_is_all_of_it():
