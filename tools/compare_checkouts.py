@@ -2,7 +2,7 @@
 Two checkouts of this project, the same commands: do they give the same bits?
 
     git clone . /tmp/before && (cd /tmp/before && git checkout COMMIT)
-    python tests/compare_checkouts.py /tmp/before .
+    python tools/compare_checkouts.py /tmp/before .
 
 Compared are the files of a data set, the weights after 20 training steps with each encoding, and what checkpoints of
 the first checkout score and write in the second one. Exit code 1 if anything differs. Five minutes on one core.
