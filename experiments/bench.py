@@ -342,8 +342,7 @@ def race(runs, device, eval_interval):
     """Train runs at the same time in one process -> {name: its evaluations, with the seconds that its steps took}.
 
     The run that is least far in its own schedule takes the next step, so that whatever else the machine does slows all
-    of them alike. Evaluations are not timed.
-    """
+    of them alike. Evaluations are not timed."""
     for run in runs.values():  # compile, and allocate memory, before the clock runs
         x, y = training_batch(run.ids["train"], run.config.batch_size, run.model.config.block_size, 0, 0, device)
         with run.device.autocast():
@@ -363,8 +362,7 @@ def race(runs, device, eval_interval):
 def reached(curves):
     """Curves of race() -> {name: when it reached the last loss of the first one, and its own last loss}.
 
-    Numbers are infinite if it did not. "loss by then": its lowest loss in the time that the first one took in all.
-    """
+    Numbers are infinite if it did not. "loss by then": its lowest loss in the time that the first one took in all."""
     baseline = next(iter(curves.values()))
     target, found = baseline[-1]["val_loss"], {}
     never = dict.fromkeys(("iter", "tokens", "seconds"), math.inf)
