@@ -15,7 +15,7 @@ GPT2_SIZES = 50257, 50304  # plain, and padded to a multiple of 64
 # Flags of nanoGPT that are not here, and what to do instead
 FLAGS = {
     "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
-    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
+    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.curves OUT_DIR draws them",
     "--wandb_project": "losses are in OUT_DIR/log.jsonl", "--wandb_run_name": "losses are in OUT_DIR/log.jsonl",
     "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
     "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best so far",

@@ -46,7 +46,7 @@ def test_a_data_folder_of_nanogpt_trains_samples_and_is_scored(nanogpt, tmp_path
     sample.main(["--out_dir", str(tmp_path / "run"), "--start", "the fox", "--max_new_tokens", "20"])
     eval_extrapolation.main([str(tmp_path / "run"), "--windows", "3", "--max_factor", "2"])
     out = capsys.readouterr().out
-    assert out.startswith("the fox") and "bits per character" in out
+    assert out.startswith("the fox") and "perplexity by position" in out
     checkpoint = load_checkpoint(tmp_path / "run")
     with pytest.raises(ValueError, match="no token for 'T'"):  # there is no id for unknown characters
         (tmp_path / "other.txt").write_text("The fox " * 50)
