@@ -153,7 +153,7 @@ def test_the_last_layer_sees_everything_and_the_pattern_is_tiled():
 
 @pytest.mark.parametrize("changes, added", [
     *((dict(pe=pe), None) for pe in PE),
-    (dict(pe="t5", local_pe="kerple", window_pattern="SL"), {"wpe.table", "wpe_local.r1", "wpe_local.r2"})], ids=str)
+    (dict(pe="t5", local_pe="kerple", window_pattern="SL"), ["wpe.table", "wpe_local.r1", "wpe_local.r2"])], ids=str)
 def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes, added):
     def weights(**changes):
         torch.manual_seed(7)
