@@ -98,8 +98,7 @@ def train(run, signals, bar):
 class Run:
     """One training run: model, optimizer, progress, and the files in out_dir.
 
-    Every process has one; that of rank 0 evaluates, writes and prints.
-    """
+    Every process has one; that of rank 0 evaluates, writes and prints."""
 
     def __init__(self, network, config, meta, ids, device):
         self.config, self.meta, self.ids, self.device = config, meta, ids, device
@@ -356,8 +355,7 @@ def describe_result(run, stopped):
 def parse(argv):
     """-> GPTConfig, TrainConfig, and the checkpoint to resume or to start from, or None.
 
-    Raises ValueError if they do not fit together.
-    """
+    Raises ValueError if they do not fit together."""
     parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo",
                                   hints=nanogpt.FLAGS)
     flags.add_flags(parser.add_argument_group("network"), GPTConfig, *NETWORK_FLAGS)
@@ -382,8 +380,7 @@ def parse(argv):
 def parse_resumed(parser, argv, checkpoint):
     """Parse argv with the flags of the run in a checkpoint as defaults.
 
-    Raises ValueError if a flag that is not in FREE_ON_RESUME has changed.
-    """
+    Raises ValueError if a flag that is not in FREE_ON_RESUME has changed."""
     if "optimizer" not in checkpoint:
         raise ValueError("ckpt.pt holds weights only, which can be scored, sampled and named by --init_from, but not "
                          "resumed")

@@ -33,8 +33,7 @@ class Device:
     """A device and a number format. With torchrun it also knows the other processes, each with a GPU of its own, which
     divide the micro-batches of a step and share the mean gradient.
 
-    training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device.
-    """
+    training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device."""
 
     def __init__(self, config, training_width=0):
         self.torch_device = pick_device(config.device)
@@ -62,8 +61,7 @@ class Device:
     def processes(self, n_micro_batches):
         """Work together with the other processes of torchrun, if there are any.
 
-        Raises ValueError if they cannot share the micro-batches evenly.
-        """
+        Raises ValueError if they cannot share the micro-batches evenly."""
         if "RANK" not in os.environ:
             yield
             return
@@ -98,8 +96,7 @@ class Device:
     def get_rng_state(self):
         """The states of the random numbers for dropout, one per process; all of them have to call this.
 
-        Batches need no random state: they are a function of the step.
-        """
+        Batches need no random state: they are a function of the step."""
         state = {"cpu": torch.get_rng_state()}
         if self.type in ("cuda", "mps"):
             state[self.type] = getattr(torch, self.type).get_rng_state()
@@ -145,8 +142,7 @@ def pick_device(name):
 def pick_dtype(name, device, training_width=0):
     """--dtype -> torch.dtype. Scores are float32 on every device, so that they can be compared.
 
-    A CPU gets bfloat16 only to train wide models: narrow ones gain little from it.
-    """
+    A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda" and training_width:
@@ -176,8 +172,7 @@ def check_computation(model, device):
     """Compare a GPT on a device with itself on the CPU, in a second or less; nothing is done if it is the CPU.
 
     Some versions of PyTorch compute wrong attention on some devices without an error: it sees future tokens (issue
-    195910 there), or cached keys are misread (169222, 182285). Raises RuntimeError.
-    """
+    195910 there), or cached keys are misread (169222, 182285). Raises RuntimeError."""
     if device.type == "cpu":
         return
     training, reference = model.training, copy.deepcopy(model).to("cpu", torch.float32).eval()
@@ -237,8 +232,7 @@ def memory_estimate(network, batch_size, dtype):
 def stop_signals():
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list.
 
-    A second SIGINT or SIGTERM raises KeyboardInterrupt.
-    """
+    A second SIGINT or SIGTERM raises KeyboardInterrupt."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # asked now: a closed terminal is no longer one
     received, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
 
