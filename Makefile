@@ -1,4 +1,4 @@
-# make demo      train RoPE, HoPE and HoPE with short windows on a CPU, and score them beyond the trained context
+# make demo      train four models on a CPU, two at a time, and score them beyond the trained context
 # make test      the tests
 # make soak      the tests that take minutes
 # make lint      the linter
@@ -9,26 +9,31 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test soak lint mutants
+.PHONY: demo trainings test soak lint mutants
 # the packages are installed anew whenever one of these files is newer than the last install
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-DEMO = rope hope windows
+DEMO = rope hope rope_windows hope_windows
 rope = @config/cpu_demo --pe rope
 hope = @config/cpu_demo --pe hope
-windows = @config/cpu_windows
+rope_windows = @config/cpu_windows --pe rope
+hope_windows = @config/cpu_windows --pe hope
 
-# a finished training is not repeated, an interrupted one continues: delete out/demo to start over
-out/demo/%/done: | $(VENV)/installed
-	$(RUN) train.py $($*) --out_dir out/demo/$* $$(test -f out/demo/$*/ckpt.pt && echo --resume)
-	touch $@
-
-demo: $(DEMO:%=out/demo/%/done)
+demo: $(VENV)/installed
+	$(MAKE) --no-print-directory -j 2 trainings
 	$(RUN) eval_extrapolation.py $(DEMO:%=out/demo/%) --json out/demo/results.json --plot out/demo/results.png
-	@echo "the table above is in out/demo/results.json, the picture in out/demo/results.png"
+	@echo "the tables above are in out/demo/results.json, the picture is out/demo/results.png"
+
+# Two trainings of one thread each are done sooner than one of two threads after the other. awk puts the name of the run
+# before each line. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.
+trainings: $(DEMO:%=out/demo/%/done)
+out/demo/%/done:
+	@mkdir -p $(@D)
+	@export OMP_NUM_THREADS=1; { $(RUN) train.py $($*) --out_dir $(@D) $$(test -f $(@D)/ckpt.pt && echo --resume) \
+	    && touch $@; } 2>&1 | awk '{ print "$*: " $$0; fflush() }'; test -f $@
 
 # two processes with one thread each are done sooner than one process with two
 test: $(VENV)/installed
@@ -44,4 +49,4 @@ SAMPLE ?= 100
 SEED ?= 1
 mutants: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet cosmic-ray -c constraints.txt
-	$(RUN) tests/mutants.py $(SAMPLE) $(SEED)
+	$(RUN) tools/mutants.py $(SAMPLE) $(SEED)

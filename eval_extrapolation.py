@@ -21,14 +21,12 @@ import torch
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
-from common.device import DeviceConfig, Place
-from common.groups import group_by_seed, print_groups
+from common.device import Device, DeviceConfig
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is scored
+# --- What is scored ---------------------------------------------------------------------------------------------------
 
 
 def bucket_edges(block_size, max_factor):
@@ -40,18 +38,14 @@ def bucket_edges(block_size, max_factor):
 
 
 def windows_at_a_time(config, length, chunk, device):
-    """How many windows of a length to score side by side: they fit in half a GB on a CPU, in half of the free memory
-    on a GPU.
+    """How many windows of a length fit side by side in half a GB, or in half of a GPU's free memory.
 
     config: that of a checkpoint. The number affects speed, not losses.
     """
     C, V = config["n_embd"], config["vocab_size"]
-    kinds, window = GPTConfig(**config).kinds(), config.get("window", 0)
-    kept = {"L": length, "S": min(length, window + chunk) if window else length}  # tokens in the cache of a layer
-    cached = 2 * C * sum(kept[kind] for kind in kinds)  # keys and values
-    tokens = max(chunk, config["block_size"])  # of a window, in one forward of score or score_local
-    # logits, twice more in the loss, and the inputs and outputs of the widest layer
-    activations = tokens * (3 * V + 16 * C)
+    cached = 2 * C * length * config["n_layer"]  # keys and values
+    # of one forward of score or score_local: logits, twice more in the loss, and the widest layer's in- and outputs
+    activations = max(chunk, config["block_size"]) * (3 * V + 16 * C)
     memory = torch.cuda.mem_get_info(device)[0] / 2 if device.type == "cuda" else 5e8
     return max(1, int(memory / (4 * (cached + activations))))
 
@@ -62,14 +56,13 @@ def scalings(args, config):
     Values that are not given stay as they were in training.
     """
     config = GPTConfig(**config)
-    rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary() else [config.rope_scaling]
+    rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary_names() else [config.rope_scaling]
     factors = {"none": 1.0} if args.rope_scaling else {config.rope_scaling: config.rope_factor}
     return [{"rope_scaling": rope, "rope_factor": factors.get(rope, args.rope_factor), "attn_scaling": attn}
             for rope in rope_scalings for attn in args.attn_scaling or [config.attn_scaling]]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W)
+# --- Scoring: windows (N, W + 1) -> loss in nats of each of the W predicted tokens (N, W) -----------------------------
 
 
 @torch.no_grad()
@@ -157,32 +150,32 @@ def summarize(losses, local_losses, first_losses, edges, characters):
     return buckets
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Showing it
+# --- Showing it -------------------------------------------------------------------------------------------------------
 
 
 def cell_text(bucket, key):
-    """A number of a bucket as text, with its standard error if there is one."""
-    value, stderr = bucket[key], None
-    if value is not None and key == "ppl" and bucket["stderr"] is not None:
+    """A number of a bucket as text, with its standard error over windows if there is one."""
+    value, stderr = bucket[key], bucket.get(f"{key}_stderr")
+    if key == "ppl" and value is not None and bucket["stderr"] is not None:
         stderr = bucket["stderr"] * value  # d exp(x) = exp(x) dx
-    if key.startswith("nll_above"):
-        stderr = bucket[f"{key}_stderr"]
     return report.format_cell(value, stderr, digits=2 if key.startswith("ppl") else 3)
 
 
-def print_tables(runs):
+def print_tables(runs, all_tables):
+    """The two tables that answer most questions, or all of them."""
     columns = [f"[{bucket['start']:,}, {bucket['end']:,})" for bucket in runs[0]["buckets"]]
-    tables = [("ppl", runs, "perplexity by position, ± standard error"),
-              ("ppl_local", runs, "perplexity of the same tokens from at most block_size tokens of context"),
-              ("nll_above_local", runs, "loss with the full context above that with at most block_size tokens, in nats "
-               "per token, ± standard error of the difference; negative: far tokens help"),
-              ("bits_per_character", runs, "bits per character")]
-    if len(runs) > 1:
-        tables.append(("nll_above_first", runs[1:], f"loss above that of {runs[0]['name']} in nats per token, "
-                       "± standard error of the difference on the same tokens"))
+    tables = [("ppl", runs, "perplexity by position, ± standard error over windows"),
+              ("nll_above_local", runs, "loss with the full context minus loss with the last L tokens, in nats per "
+               "token, ± standard error; negative: far tokens help")]
+    if all_tables:
+        tables += [("ppl_local", runs, "perplexity of the same tokens from at most the last L tokens"),
+                   ("bits_per_character", runs, "bits per character"),
+                   ("nll_above_first", runs[1:], f"loss minus that of {runs[0]['name']}, in nats per token, ± standard "
+                    "error of the difference on the same tokens")]
     for key, shown, title in tables:
-        report.print_table(title, columns, {run["name"]: [cell_text(b, key) for b in run["buckets"]] for run in shown})
+        if shown:
+            report.print_table(title, columns, {run["name"]: [cell_text(b, key) for b in run["buckets"]]
+                                                for run in shown})
     if any(bucket["nll"] is None for run in runs for bucket in run["buckets"]):
         print("-: the encoding is undefined at these positions")
     if any(run["rope_factor"] == "auto" for run in runs):
@@ -221,9 +214,6 @@ def plot(runs, path):
     report.save_picture(figure, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def make_parser():
     parser = flags.ArgumentParser("Score runs beyond their trained context, side by side on the same tokens.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
@@ -234,8 +224,8 @@ def make_parser():
     add("--windows", type=count, default=32, help="windows to average over")
     add("--batch_size", type=count, help="windows at a time: affects memory, not results; default: as many as fit in "
         "half a GB, or in half of a GPU's free memory")
-    add("--group_by_seed", action="store_true", help="average runs that differ in their seed alone: mean and standard "
-        "deviation over seeds, differences paired by seed")
+    add("--all_tables", action="store_true", help="also print the perplexity from at most L tokens, bits per "
+        "character, and differences from the first run; the JSON holds all of them")
     add("--chunk", type=count, default=128, help="tokens of a window at a time: affects memory, not results")
     report.add_output_flags(parser, "perplexity by position")
     flags.add_scaling_flags(parser, several=True)
@@ -267,26 +257,27 @@ def choose_windows(args, checkpoints, names):
     return windows, edges, characters, text_sha256
 
 
-def score_runs(args, checkpoints, names, windows, edges, characters, place):
+def score_runs(args, checkpoints, names, windows, edges, characters, device):
     """-> what the JSON holds of each run and scaling."""
-    batch_size = args.batch_size or min(windows_at_a_time(checkpoint["config"], edges[-1], args.chunk, place.device)
-                                        for checkpoint in checkpoints)
+    batch_size = args.batch_size or min(
+        windows_at_a_time(checkpoint["config"], edges[-1], args.chunk, device.torch_device)
+        for checkpoint in checkpoints)
     runs, first_losses = [], None
-    windows = windows.to(place.device)
+    windows = windows.to(device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
-        model = load_model(checkpoint).to(place.device)
-        with place.autocast():  # L tokens need no scaling but that of the training: one score for all
+        model = load_model(checkpoint).to(device.torch_device)
+        with device.autocast():  # L tokens need no scaling but that of the training: one score for all
             local_losses = score_local(model, windows, config["block_size"], batch_size)
         for scaling in scalings(args, config):
-            with place.autocast():
+            with device.autocast():
                 losses = score_scaled(checkpoint, scaling, windows, edges, args.chunk, batch_size)
             if not losses[:, :config["block_size"]].isfinite().all():
                 raise ValueError(f"{name} gives NaN or infinite losses: its weights are damaged, or training diverged")
             first_losses = losses if first_losses is None else first_losses
             label = [name, *(scaling[key] for key in ("rope_scaling", "attn_scaling") if scaling[key] != "none")]
             runs.append({"name": " ".join(label), "pe": config["pe"], "block_size": config["block_size"], **scaling,
-                         "config": config, "windows": len(windows), "device": str(place),
+                         "config": config, "windows": len(windows), "device": str(device),
                          "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"], "args": checkpoint["args"],
                          "val_loss": checkpoint.get("best_val_loss"), "minutes": checkpoint.get("seconds", 0) / 60,
                          "parameters": sum(p.numel() for p in model.parameters()),
@@ -298,20 +289,20 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     report.check_outputs(args)
     flags.note_idle_factor(args)
-    place = Place(args)
+    device = Device(args)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
-    fixed = [name for name, checkpoint in zip(names, checkpoints) if not GPTConfig(**checkpoint["config"]).rotary()]
+    fixed = [name for name, checkpoint in zip(names, checkpoints)
+             if not GPTConfig(**checkpoint["config"]).rotary_names()]
     if args.rope_scaling and fixed:
         print(f"note: --rope_scaling has no effect on {', '.join(fixed)}: nothing rotates there")
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)
-    runs = score_runs(args, checkpoints, names, windows, edges, characters, place)
-    groups = group_by_seed(runs) if args.group_by_seed else []
-    print_groups(groups) if groups else print_tables(runs)
-    if args.json:
+    runs = score_runs(args, checkpoints, names, windows, edges, characters, device)
+    if args.json:  # first: a reader of the tables that leaves costs nothing
         report.write_json(args.json, "eval_extrapolation.py", {
-            "runs": [{**run, "dataset_sha256": text_sha256} for run in runs], **({"groups": groups} if groups else {})})
+            "runs": [{**run, "dataset_sha256": text_sha256} for run in runs]})
     if args.plot:
-        plot(groups or runs, args.plot)
+        plot(runs, args.plot)
+    print_tables(runs, args.all_tables)
 
 
 if __name__ == "__main__":

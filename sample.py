@@ -10,7 +10,7 @@ import torch
 
 from common import flags
 from common.checkpoint import load_checkpoint, load_model
-from common.device import DeviceConfig, Place
+from common.device import Device, DeviceConfig
 from data.sources import read_text
 from data.tokenizer import checkpoint_tokenizer, encode_checked, shown
 
@@ -40,7 +40,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     flags.note_idle_factor(args)
-    place = Place(args)
+    device = Device(args)
     checkpoint = load_checkpoint(args.out_dir)
     tokenizer = checkpoint_tokenizer(checkpoint, args.meta)
     start = args.start
@@ -53,16 +53,16 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     ids = encode_checked(tokenizer, start, checkpoint)
-    idx = torch.from_numpy(ids.astype("int64"))[None].to(place.device)  # (1, T)
+    idx = torch.from_numpy(ids.astype("int64"))[None].to(device.torch_device)  # (1, T)
     overrides = {name: getattr(args, name) for name in ("rope_scaling", "attn_scaling") if getattr(args, name)}
     if args.rope_scaling:  # one factor for the whole text: cached keys are rotated already
         length = len(ids) + args.max_new_tokens
         L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
         overrides["rope_factor"] = max(1.0, length / L) if args.rope_factor == "auto" else args.rope_factor
-    model = load_model(checkpoint, **overrides).to(place.device)
+    model = load_model(checkpoint, **overrides).to(device.torch_device)
     for _ in range(args.num_samples):
         print(start, end="", flush=True)
-        with place.autocast():
+        with device.autocast():
             print_stream(model.stream(idx, args.max_new_tokens, args.temperature, args.top_k), tokenizer)
 
 

@@ -5,6 +5,7 @@ A checkpoint is a dict of plain values and tensors: config (GPTConfig), model (w
 run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --resume needs.
 """
 import json
+import math
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
@@ -14,8 +15,7 @@ import torch
 
 from model import GPT, GPTConfig
 
-# --------------------------------------------------------------------------------------------------
-# Atomic writes
+# --- Atomic writes ----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -64,8 +64,7 @@ def exclusive(out_dir, rank):
         raise ValueError(f"another process is training in {out_dir}: choose another --out_dir") from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Checkpoints
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, checkpoint):
@@ -132,11 +131,11 @@ def load_model(checkpoint, **overrides):
     return model.eval()
 
 
-def init_weights(model, checkpoint):
-    """Copy the weights of a checkpoint into a model -> (names taken, names that are new, names left out).
+def copy_matching_weights(model, checkpoint):
+    """Copy the weights of a checkpoint into a model -> (names copied, names that are new, names left out).
 
-    The encoding's own values carry over if the encoding is the same. The network around it has to be: raises
-    ValueError with what differs.
+    What an encoding has learned is copied if the encoding is the same. Raises ValueError if the network around it
+    differs, with what differs.
     """
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
@@ -146,24 +145,24 @@ def init_weights(model, checkpoint):
                                                                   for name in fixed) + ": leave these flags out")
     weights, own = checkpoint["model"], model.state_dict()
     old, new = GPTConfig(**was), model.config
-    changed = [module for module, a, b in (("wpe.", old.pe, new.pe), ("wpe_local.", old.local().pe, new.local().pe))
-               if a != b]
-    dropped = {name for name in weights if name.startswith(tuple(f"transformer.{module}" for module in changed))}
-    taken = [name for name in own if name in weights and name not in dropped]
-    for name in taken:
-        if weights[name].shape != own[name].shape:
-            raise ValueError(f"--init_from: {name} has shape {tuple(weights[name].shape)} there and "
-                             f"{tuple(own[name].shape)} here; learned positions cannot change their block_size: "
-                             "choose another --pe or the same --block_size")
-    model.load_state_dict({**own, **{name: weights[name] for name in taken}})
-    return taken, [name for name in own if name not in taken], [name for name in weights if name not in taken]
+    changed = tuple(f"transformer.{module}." for module, a, b in (
+        ("wpe", old.pe, new.pe), ("wpe_local", old.local().pe, new.local().pe)) if a != b)
+    copied = {name: value for name, value in weights.items() if name in own and not name.startswith(changed)}
+    for name, value in copied.items():
+        if value.shape != own[name].shape:
+            raise ValueError(f"--init_from: {name} has shape {tuple(value.shape)} there and {tuple(own[name].shape)} "
+                             "here; learned positions cannot change their block_size: choose another --pe or the same "
+                             "--block_size")
+    new_names = model.load_state_dict(copied, strict=False).missing_keys
+    return list(copied), new_names, [name for name in weights if name not in copied]
 
 
-# --------------------------------------------------------------------------------------------------
-# log.jsonl, one JSON object per evaluation
+# --- log.jsonl, one JSON object per evaluation ------------------------------------------------------------------------
 
 
 def append_log(path, line):
+    """Add a line. JSON has no nan, so a number that is not finite becomes null."""
+    line = {name: value if math.isfinite(value) else None for name, value in line.items()}
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

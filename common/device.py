@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from model import knob
+from model import setting
 
 HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private: it may disappear
 
@@ -22,66 +22,56 @@ HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  #
 class DeviceConfig:
     """The flags that all scripts share."""
 
-    device: str = knob("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto takes the best available")
-    dtype: str = knob("auto", "number format of matrix products; auto: bfloat16 on GPUs that have it, float16 on older "
-                      "GPUs, float32 elsewhere, except to train at width 256 or more on CPUs with bfloat16 units",
-                      one_of=("auto", "float32", "bfloat16", "float16"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto takes the best available")
+    dtype: str = setting("auto", "number format of matrix products; auto: bfloat16 on GPUs that have it, float16 on "
+                         "older GPUs, float32 elsewhere, except to train at width 256 or more on CPUs with bfloat16 "
+                         "units", one_of=("auto", "float32", "bfloat16", "float16"))
 
 
-class Place:
-    """A device and number format, and this process's rank among n_processes.
+class Device:
+    """A device and a number format. With torchrun it also knows the other processes, each with a GPU of its own, which
+    divide the micro-batches of a step and share the mean gradient.
 
     training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device.
     """
 
     def __init__(self, config, training_width=0):
-        self.device = pick_device(config.device)
-        self.dtype = pick_dtype(config.dtype, self.device, training_width)
+        self.torch_device = pick_device(config.device)
+        self.type = self.torch_device.type
+        self.dtype = pick_dtype(config.dtype, self.torch_device, training_width)
         self.rank, self.n_processes = 0, 1
-        if self.device.type == "cuda" and training_width:
+        if self.type == "cuda" and training_width:
             torch.set_float32_matmul_precision("high")  # TF32: 10 bits of fraction, several times faster than float32
 
     def __str__(self):
         """The device as results name it: a GPU's own name, or the number of threads that a CPU provided."""
-        if self.device.type == "cuda":
-            return torch.cuda.get_device_name(self.device)
-        return f"{self.device} ({torch.get_num_threads()} threads)"
+        if self.type == "cuda":
+            return torch.cuda.get_device_name(self.torch_device)
+        return f"{self.torch_device} ({torch.get_num_threads()} threads)"
 
     def autocast(self):
         """A context with matrix products in dtype, sums and norms in float32. It does nothing for float32."""
-        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+        return torch.autocast(self.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
-    def get_rng_state(self):
-        """The states of the random numbers for dropout, one per process; all of them have to call this.
+    @contextmanager
+    def processes(self, n_micro_batches):
+        """Work together with the other processes of torchrun, if there are any.
 
-        Batches need no random state: they are a function of the step.
+        Raises ValueError if they cannot share the micro-batches evenly.
         """
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type in ("cuda", "mps"):
-            state[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        states = [state] * self.n_processes
-        if self.n_processes > 1:
-            distributed.all_gather_object(states, state)
-        return states
-
-    def set_rng_state(self, states):
-        states = [states] if isinstance(states, dict) else states  # older checkpoints: that of rank 0
-        state = states[min(self.rank, len(states) - 1)]
-        torch.set_rng_state(state["cpu"])
-        if state.get(self.device.type) is not None and self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(state[self.device.type])
-
-    # Several processes, each with its own GPU, divide the micro-batches of a step and share the mean gradient.
-
-    def join_processes(self, n_micro_batches):
-        """Join those that torchrun started, if it did. Raises ValueError if they cannot share the micro-batches."""
         if "RANK" not in os.environ:
+            yield
             return
-        distributed.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        self.rank, self.n_processes = distributed.get_rank(), distributed.get_world_size()
-        if n_micro_batches % self.n_processes:
-            raise ValueError(f"{self.n_processes} processes cannot share --gradient_accumulation_steps "
-                             f"{n_micro_batches} evenly: make it a multiple of {self.n_processes}")
+        distributed.init_process_group("nccl" if self.type == "cuda" else "gloo")
+        try:
+            self.rank, self.n_processes = distributed.get_rank(), distributed.get_world_size()
+            if n_micro_batches % self.n_processes:
+                raise ValueError(f"{self.n_processes} processes cannot share --gradient_accumulation_steps "
+                                 f"{n_micro_batches} evenly: make it a multiple of {self.n_processes}")
+            yield
+            distributed.barrier()  # nobody leaves before rank 0 has saved
+        finally:
+            distributed.destroy_process_group()
 
     def mean(self, value):
         """The mean of a tensor over all processes. Does not wait for a GPU."""
@@ -91,24 +81,34 @@ class Place:
             value /= self.n_processes
         return value
 
-    def any(self, flag):
-        """Whether a flag is true in any process. All of them have to call this at the same step; a GPU waits."""
+    def any(self, flag, step):
+        """Whether a flag is true in any process. All of them have to ask at the same step.
+
+        Several processes agree at every tenth step only, because that makes a GPU wait; in between, the answer is no.
+        """
         if self.n_processes == 1:
             return flag
-        return self.mean(torch.full((), float(flag), device=self.device)).item() > 0
+        return step % 10 == 0 and self.mean(torch.full((), float(flag), device=self.torch_device)).item() > 0
 
-    def wait_for_others(self):
+    def get_rng_state(self):
+        """The states of the random numbers for dropout, one per process; all of them have to call this.
+
+        Batches need no random state: they are a function of the step.
+        """
+        state = {"cpu": torch.get_rng_state()}
+        if self.type in ("cuda", "mps"):
+            state[self.type] = getattr(torch, self.type).get_rng_state()
+        states = [state] * self.n_processes
         if self.n_processes > 1:
-            distributed.barrier()
+            distributed.all_gather_object(states, state)
+        return states
 
-    def leave_processes(self):
-        if self.n_processes > 1:
-            distributed.destroy_process_group()
-
-
-def is_out_of_memory(error):
-    words = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's for it
-    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+    def set_rng_state(self, states):
+        states = [states] if isinstance(states, dict) else states  # older checkpoints: that of rank 0
+        state = states[min(self.rank, len(states) - 1)]
+        torch.set_rng_state(state["cpu"])
+        if state.get(self.type) is not None and self.type != "cpu":
+            getattr(torch, self.type).set_rng_state(state[self.type])
 
 
 def pick_device(name):
@@ -158,6 +158,37 @@ def pick_compile(choice, device):
             and torch.cuda.get_device_capability(device) >= (7, 0))  # Volta, the oldest that Triton supports
 
 
+def is_out_of_memory(error):
+    words = ("out of memory", "not enough memory", "allocate memory")  # CUDA's and the CPU's for it
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
+
+
+@contextmanager
+def explain_failures(network, config, device):
+    """Turn a lack of memory, or a failure of torch.compile, into a RuntimeError that names the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise RuntimeError("torch.compile failed; continue without it: python train.py --resume --no-compile "
+                               f"--out_dir {config.out_dir}. {error}") from error
+        if not is_out_of_memory(error):
+            raise
+        gigabytes = memory_estimate(network, config.batch_size, device.dtype) / 1e9
+        raise RuntimeError(f"out of memory on {device}; these flags need about {gigabytes:.1f} GB: halve --batch_size "
+                           "and double --gradient_accumulation_steps for the same steps in half the memory, or lower "
+                           "--block_size, --n_layer or --n_embd") from error
+
+
+def memory_estimate(network, batch_size, dtype):
+    """Bytes that training needs, roughly: weights, gradients, up to two moments, and what backward keeps."""
+    C, V, tokens = network.n_embd, network.vocab_size, batch_size * network.block_size
+    weights = 12 * network.n_layer * C * C + V * C
+    # channels kept per token and layer: norms 2, q k v and their rotated copies 5, attention and its projection 3,
+    # the MLP of four times the width 12
+    return 16 * weights + tokens * (network.n_layer * 22 * C * dtype.itemsize + 3 * V * 4)
+
+
 @contextmanager
 def stop_signals():
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list.
@@ -184,29 +215,3 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def memory_estimate(network, batch_size, dtype):
-    """Bytes that training needs, roughly: weights, gradients, up to two moments, and what backward keeps."""
-    C, V, tokens = network.n_embd, network.vocab_size, batch_size * network.block_size
-    weights = 12 * network.n_layer * C * C + V * C
-    # channels kept per token and layer: norms 2, q k v and their rotated copies 5, attention and its projection 3,
-    # the MLP of four times the width 12
-    return 16 * weights + tokens * (network.n_layer * 22 * C * dtype.itemsize + 3 * V * 4)
-
-
-@contextmanager
-def explained_failures(network, config, place):
-    """Turn a failure of the compiler or a lack of memory into a RuntimeError that names the remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise RuntimeError("torch.compile failed; continue without it: python train.py --resume --no-compile "
-                               f"--out_dir {config.out_dir}. {error}") from error
-        if not is_out_of_memory(error):
-            raise
-        gigabytes = memory_estimate(network, config.batch_size, place.dtype) / 1e9
-        raise RuntimeError(f"out of memory on {place}; these flags need about {gigabytes:.1f} GB: halve --batch_size "
-                           "and double --gradient_accumulation_steps for the same steps in half the memory, or lower "
-                           "--block_size, --n_layer or --n_embd") from error

@@ -2,7 +2,7 @@
 Command-line flags, made from the fields of a dataclass or read from @FILE; an error is one line.
 
     parser = ArgumentParser("What the script does.")
-    add_flags(parser, GPTConfig, "rope_scaling", "attn_scaling")    fields of a dataclass, made by model.knob
+    add_flags(parser, GPTConfig, "rope_scaling", "attn_scaling")    fields of a dataclass, made by model.setting
     parser.add_argument("--windows", type=parsed(int, at_least=1), default=32, help="...")
 """
 import argparse
@@ -21,19 +21,6 @@ from model import GPTConfig, check_value
 PROJECT = Path(__file__).resolve().parent.parent
 
 
-# Flags of nanoGPT that are not here, and what to do instead
-NANOGPT = {
-    "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
-    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
-    "--wandb_project": "losses are in OUT_DIR/log.jsonl", "--wandb_run_name": "losses are in OUT_DIR/log.jsonl",
-    "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
-    "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best so far",
-    "--backend": "it follows from --device", "--num_epochs": "give --max_iters"}
-NANOGPT |= {f"--init_from {name}": "GPT-2's weights are not downloaded; name a ckpt.pt of nanoGPT or a run's folder"
-            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
-NANOGPT |= {"--init_from resume": "add --resume", "--init_from scratch": "leave it out"}
-
-
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Each flag with its default, unless that says nothing (None, or False for a switch)."""
 
@@ -43,11 +30,15 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line."""
+    """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line.
 
-    def __init__(self, description):
+    hints: flags that do not exist, or "--flag value", -> what to do instead.
+    """
+
+    def __init__(self, description, hints=None):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
                          formatter_class=HelpFormatter)
+        self.hints = hints or {}
 
     def convert_arg_line_to_args(self, line):
         return map(located, shlex.split(line, comments=True))
@@ -56,20 +47,23 @@ class ArgumentParser(argparse.ArgumentParser):
         args = list(map(located, sys.argv[1:] if args is None else args))
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].split("=")[0]
-            if name in NANOGPT:
-                self.error(f"there is no {name} here: {NANOGPT[name]}")
-            if Path(located(f"@{name}")[1:]).is_file():
-                self.error(f"unknown argument {name!r}: a file of flags is given as @{name}")
-            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
-            hint = f"did you mean {' or '.join(close)}? " if close else ""
-            self.error(f"unknown argument {unknown[0]!r}: {hint}--help lists all")
+            self.error(self.explain(unknown[0].split("=")[0]))
         for name, value in vars(args).items():
             if value == "":
                 self.error(f"--{name} is empty: give it a value or leave it out")
-            if f"--{name} {value}" in NANOGPT and not Path(value).exists():
-                self.error(f"there is no --{name} {value} here: {NANOGPT[f'--{name} {value}']}")
+            if f"--{name} {value}" in self.hints and not Path(value).exists():
+                self.error(f"there is no --{name} {value} here: {self.hints[f'--{name} {value}']}")
         return args
+
+    def explain(self, name):
+        """An argument that does not exist -> what may have been meant."""
+        if name in self.hints:
+            return f"there is no {name} here: {self.hints[name]}"
+        if Path(located(f"@{name}")[1:]).is_file():
+            return f"unknown argument {name!r}: a file of flags is given as @{name}"
+        close = difflib.get_close_matches(name, self._option_string_actions, n=3)
+        hint = f"did you mean {' or '.join(close)}? " if close else ""
+        return f"unknown argument {name!r}: {hint}--help lists all"
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -119,22 +113,22 @@ def add_flags(parser, config, *names, **changes):
 
     changes: options of add_argument that replace what the field says, as nargs="+".
     """
-    for knob in dataclasses.fields(config):
-        if names and knob.name not in names:
+    for field in dataclasses.fields(config):
+        if names and field.name not in names:
             continue
         # int | None, for a value that need not be given, is parsed as int
-        kind = knob.type if isinstance(knob.type, type) else typing.get_args(knob.type)[0]
-        limits = knob.metadata["limits"]
+        kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]
+        limits = field.metadata["limits"]
         if kind is bool:
             options = {"action": Switch}
         elif "one_of" in limits:
-            options = {"choices": list(limits["one_of"]), "metavar": knob.name.upper()}
+            options = {"choices": list(limits["one_of"]), "metavar": field.name.upper()}
         else:
             options = {"type": parsed(kind, **limits)}
         choices = limits.get("one_of", ())
-        words = "; ".join(map(summary, choices.items())) if choices and knob.name == "pe" else ", ".join(choices)
-        options |= {"default": knob.default, "help": f"{knob.metadata['help']}{': ' * bool(words)}{words}", **changes}
-        parser.add_argument(f"--{knob.name}", **options)
+        words = "; ".join(map(summary, choices.items())) if choices and field.name == "pe" else ", ".join(choices)
+        options |= {"default": field.default, "help": f"{field.metadata['help']}{': ' * bool(words)}{words}", **changes}
+        parser.add_argument(f"--{field.name}", **options)
 
 
 def summary(row):
@@ -159,43 +153,16 @@ def note_idle_factor(args):
         print("note: --rope_factor has no effect without --rope_scaling")
 
 
-def parse_again(parser, argv, stored, free):
-    """Parse argv with the flags of an earlier run, stored, as defaults.
-
-    Raises ValueError if a flag that is not in free has changed.
-    """
-    parser.set_defaults(**stored)
-    args = parser.parse_args(argv)
-    changed = [f"--{name} was {stored[name]} and is now {value}" for name, value in vars(args).items()
-               if name in stored and name not in free and stored[name] != value]
-    if changed:
-        raise ValueError(f"a run cannot be resumed with other flags: {'; '.join(changed)}: leave them out or start "
-                         "again in another --out_dir")
-    return args
-
-
-def parse_from(parser, argv, config, names):
-    """Parse argv with the named values of a checkpoint's configuration as defaults.
-
-    If --rope_scaling is new, it starts from the block_size of the checkpoint.
-    """
-    parser.set_defaults(**{name: config[name] for name in names if name in config})
-    args = parser.parse_args(argv)
-    if args.rope_scaling != "none" and args.rope_scaling != config.get("rope_scaling") and not args.rope_context:
-        args.rope_context = config["block_size"]
-    return args
-
-
 def idle(config, optimizer=None):
     """Names of the flags that have no effect with a GPTConfig and an optimizer, as hope_cutoff with pe rope."""
     short = "S" in config.kinds()
     encodings = {config.pe, config.local_pe if short else None}
-    names = {knob.name for knob in dataclasses.fields(config)
-             if knob.metadata["used_by"] and not encodings.intersection(knob.metadata["used_by"])}
+    names = {field.name for field in dataclasses.fields(config)
+             if field.metadata["used_by"] and not encodings.intersection(field.metadata["used_by"])}
     if not short:
         names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
     if config.rope_scaling == "none":
-        names |= {"rope_factor", "rope_context"}
+        names |= {"rope_factor"} | (set() if "hope" in encodings else {"rope_context"})  # HoPE's cut follows from it
     if optimizer == "adamw":
         names |= {"muon_learning_rate", "muon_momentum"}
     return names

@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 import torch
 
-from model import knob
+from model import setting
 
 LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone, for config/cpu_demo
 
 
 @dataclass
 class OptimizerConfig:
-    optimizer: str = knob("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for all",
-                          one_of=tuple(LEARNING_RATES))
-    learning_rate: float | None = knob(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
-                                       above=0)
-    muon_learning_rate: float = knob(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
-    muon_momentum: float = knob(0.9, "Muon: decay of the average gradient", at_least=0, below=1)
-    min_lr: float | None = knob(None, "learning rate at lr_decay_iters and after; default: a tenth", at_least=0)
-    warmup_iters: int = knob(50, "steps from 0 to learning_rate", at_least=0)
-    lr_decay_iters: int | None = knob(None, "steps until min_lr; default: max_iters", at_least=1)
-    weight_decay: float = knob(0.1, "of matrices; biases, norms and encodings have none", at_least=0)
-    beta1: float = knob(0.9, "AdamW: decay of the average gradient", at_least=0, below=1)
-    beta2: float = knob(0.99, "AdamW: decay of the average squared gradient", at_least=0, below=1)
+    optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for "
+                             "all", one_of=tuple(LEARNING_RATES))
+    learning_rate: float | None = setting(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
+                                          above=0)
+    muon_learning_rate: float = setting(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
+    muon_momentum: float = setting(0.9, "Muon: decay of the average gradient", at_least=0, below=1)
+    min_lr: float | None = setting(None, "learning rate at lr_decay_iters and after; default: a tenth", at_least=0)
+    warmup_iters: int = setting(50, "steps from 0 to learning_rate", at_least=0)
+    lr_decay_iters: int | None = setting(None, "steps until min_lr; default: max_iters", at_least=1)
+    weight_decay: float = setting(0.1, "of matrices; biases, norms and encodings have none", at_least=0)
+    beta1: float = setting(0.9, "AdamW: decay of the average gradient", at_least=0, below=1)
+    beta2: float = setting(0.99, "AdamW: decay of the average squared gradient", at_least=0, below=1)
 
     def __post_init__(self):
         self.learning_rate = self.learning_rate or LEARNING_RATES[self.optimizer]

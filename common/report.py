@@ -5,20 +5,15 @@ import json
 import math
 import re
 import sys
-import time
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
 from common.checkpoint import replacing
-from common.flags import idle
-from model import RoPE
 
 PICTURES = (".png", ".pdf", ".svg")
 
-# --------------------------------------------------------------------------------------------------
-# Numbers
+# --- Numbers ----------------------------------------------------------------------------------------------------------
 
 
 def mean_and_stderr(values):
@@ -53,74 +48,7 @@ def run_names(paths):
     return list(paths)
 
 
-def print_model(model):
-    """Print the size of a GPT, its encoding, and which pairs of channels a rotary one rotates."""
-    config, pe = model.config, model.transformer.wpe
-    size = sum(parameter.numel() for parameter in model.parameters())
-    print(f"network   {config.n_layer} layers, {config.n_head} heads, width {config.n_embd}: {size / 1e6:.2f} M "
-          "parameters")
-    print(f"encoding  {config.pe}, trained context L = {config.block_size} tokens")
-    if isinstance(pe, RoPE):
-        wavelengths = (2 * math.pi / pe.theta).tolist()
-        n_pairs = config.n_embd // config.n_head // 2
-        same = {0: ": this is NoPE", n_pairs: ": this is RoPE"}.get(len(wavelengths), "") if config.pe != "rope" else ""
-        print(f"          {len(wavelengths)} of {n_pairs} pairs of channels rotate in each head{same}; tokens per "
-              "turn: " + " ".join(f"{tokens:,.{int(tokens < 20)}f}" for tokens in wavelengths))
-    if "S" in config.kinds():
-        local = config.local()
-        print(f"          layers {config.kinds()}: S layers have {local.pe} and see "
-              + (f"{config.window} tokens" if config.window else "everything"))
-
-
-def describe_run(run, taken=None):
-    """Print what is about to happen, so that a wrong flag is noticed before the training."""
-    config, n_train, network = run.config, len(run.ids["train"]), run.model.config
-    print_model(run.model)
-    changed = {knob.name for settings in (network, config) for knob in fields(settings)
-               if getattr(settings, knob.name) != knob.default}
-    if without_effect := sorted(changed & idle(network, config.optimizer)):
-        print(f"note      no effect on this run: {', '.join(f'--{name}' for name in without_effect)}")
-    print(f"text      {config.dataset}: {n_train:,} tokens to train on, {len(run.ids['val']):,} to validate on; "
-          f"sha256 {run.meta['sha256'][:16]}")
-    total = run.tokens_per_step * config.max_iters
-    print(f"training  {config.max_iters:,} steps of {run.tokens_per_step:,} tokens: {total / 1e6:.1f} M, "
-          f"{total / n_train:.2g} x the text")
-    print(f"device    {run.place}, {str(run.place.dtype).removeprefix('torch.')}, seed {config.seed}"
-          + ", compiled: the first step takes a minute" * run.compiled)
-    if taken:
-        same, new, dropped = taken
-        print(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
-              f"{', '.join(dropped) or 'none'}")
-    if run.iter:
-        print(f"resuming  after step {run.iter:,}")
-        if config.max_iters > run.iter >= config.lr_decay_iters:
-            print(f"note      the schedule ended at step {config.lr_decay_iters:,}: the learning rate stays at its "
-                  "minimum")
-
-
-def show_progress(run, bar):
-    """Losses and speed in the progress bar."""
-    if run.train_loss is not None:
-        val = {} if run.val_loss is None else {"val": f"{run.val_loss:.3f}"}
-        rate = (bar.format_dict["rate"] or 0) * run.tokens_per_step
-        bar.set_postfix(loss=f"{run.train_loss.item():.3f}", **val, tokens_per_s=f"{rate:,.0f}", refresh=False)
-
-
-def describe_result(run, stopped):
-    """Print how a run has ended and what to do next."""
-    out_dir = run.config.out_dir
-    if stopped:
-        print(f"stopped after step {run.iter:,}, everything is saved; continue with: python train.py --resume "
-              f"--out_dir {out_dir}")
-        return
-    print(f"lowest validation loss {run.best_val_loss:.4f} nats per token; {(time.time() - run.started) / 60:.1f} "
-          f"minutes; saved in {out_dir}")
-    print(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")
-    print(f"read what it writes:                  python sample.py --out_dir {out_dir}")
-
-
-# --------------------------------------------------------------------------------------------------
-# Files
+# --- Files ------------------------------------------------------------------------------------------------------------
 
 
 def add_output_flags(parser, picture):
@@ -168,8 +96,7 @@ def write_json(path, script, result, digits=17):
         file.write(f"{text}\n".encode())
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures
+# --- Pictures ---------------------------------------------------------------------------------------------------------
 
 # One colour and marker per encoding in all pictures. The smallest distance between two of the colours is 20 (CIEDE2000)
 # as seen with deuteranopia, 26 with normal vision.
