@@ -261,7 +261,8 @@ const stub = {
   open(html, hash, width) {
     location.hash = hash; window.innerWidth = width;
     parse(html, document);
-    document.documentElement = document.querySelector("html"); document.head = document.querySelector("head") ?? document.documentElement;
+    document.documentElement = document.querySelector("html");
+    document.head = document.querySelector("head") ?? document.documentElement;
     document.body = document.querySelector("body") ?? document.documentElement;
   },
   settle(rounds) {
