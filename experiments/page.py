@@ -7,15 +7,15 @@ The passage is one of the windows that eval_extrapolation.py scores (--max_facto
 losses are closest to their mean, so that nobody picks it. page.html says what can be seen; it is copied with the data
 as JSON in its place:
 
-    {"L", "source", "windows", "vocab": [text, ...], "tokens", "runs": [{"name", "iter", "mean", "loss", "top", "p",
-     "local": {"loss", "top", "p"}}, ...]}
+    {"L", "source", "windows", "vocab": [text, ...], "tokens", "runs": [{"name", "mean", "loss", "top", "p", "local":
+     {"loss", "top", "p"}}, ...]}
 
 tokens and top are indices in vocab. p are the probabilities of the five likeliest tokens at each position in per cent,
-and top these tokens, without those of 0 %. They are given the full context; local holds the same, given the last L
-tokens, from position L on, before which these are all. mean is that of the loss in each bucket, over all windows. A loss
-is 1 + its number of steps of 0.02 nats, or 0 if the encoding is undefined there. All of these are text: the number i is
-the character chr(35 + i), in UTF-8 one byte if it is below 93, which most are. The second and third p are one number,
-and so are the fourth and fifth: a >= b become a (a + 1) / 2 + b.
+0 for those below 1 %, and top the tokens that are not 0. They are given the full context; local holds the same from
+position L on, given the last L tokens. mean is the mean loss of each bucket over all windows. A loss is 1 + its number
+of steps of 0.02 nats, or 0 where the encoding is undefined. All of these are text: the number i is the character
+chr(35 + i), in UTF-8 one byte if it is below 93, which most are. The second and third p are one number, as are the
+fourth and fifth: a >= b become a (a + 1) / 2 + b.
 """
 import json
 import math
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from common import flags
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import DeviceConfig, Place
+from common.device import Device, DeviceConfig
 from common.report import check_output, run_names
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges, score, score_local, windows_at_a_time
@@ -38,8 +38,7 @@ CHUNK, LIKELIEST, NATS_PER_STEP, FIRST_CHARACTER = 128, 5, 0.02, 35
 # Characters that would end or hide the script element, or reorder the text of the file
 UNSAFE = regex.compile(r"<(?=[/!])|[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]")
 
-# --------------------------------------------------------------------------------------------------
-# What is shown
+# --- What is shown ----------------------------------------------------------------------------------------------------
 
 
 def closest_to_mean(losses, edges):
@@ -52,9 +51,9 @@ def closest_to_mean(losses, edges):
 def predictions(model, scoring, window):
     """What a scoring function of eval_extrapolation.py makes of a window (W + 1,).
 
-    Returns the losses (W,), nan where undefined, and the ids of the likeliest tokens with their probabilities, up to the
-    last position that is defined, (W, LIKELIEST) each. Some tokens are predicted several times. So that the scoring
-    function decides which time counts, the model gives it the number of each prediction in place of the loss.
+    Returns the losses (W,), nan where undefined, and for the positions before that the ids of the likeliest tokens and
+    their probabilities (W, LIKELIEST). Some tokens are predicted several times. The scoring function decides which time
+    counts: the model gives it the number of each prediction in place of the loss.
     """
     kept = []  # one row per prediction: loss, ids, probabilities
 
@@ -75,17 +74,17 @@ def predictions(model, scoring, window):
     return torch.cat([loss, numbers[len(loss):]]), top, p
 
 
-def describe(name, checkpoint, model, losses, device, window, edges):
+def describe(name, model, losses, device, window, edges):
     """One run and its losses on all windows (N, W) -> what the page holds of it, as tensors."""
     L, run = edges[1], {}
     with device.autocast():
         for key, start, scoring in (("full", 0, partial(score, chunk=CHUNK, batch_size=1)),
                                     ("local", L, partial(score_local, context=L, batch_size=1))):
             loss, top, p = predictions(model, scoring, window)
-            percent = (100 * p[start:]).round()
+            percent = (100 * p[start:]).round() * (p[start:] >= 0.01)
             run[key] = {"loss": loss_steps(loss[start:]), "top": top[start:][percent > 0], "p": in_pairs(percent)}
     mean = [losses[:, a:b].mean() for a, b in zip(edges, edges[1:])]
-    return {"name": name, "iter": checkpoint["iter"], "mean": loss_steps(torch.stack(mean)), **run.pop("full"), **run}
+    return {"name": name, "mean": loss_steps(torch.stack(mean)), **run.pop("full"), **run}
 
 
 def make_page(args, checkpoints, names, device):
@@ -96,23 +95,22 @@ def make_page(args, checkpoints, names, device):
                          "of one trained context")
     ids, source, _, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     edges = bucket_edges(*contexts, args.max_factor)
-    windows = document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows).to(device.device)
-    models, losses = [load_model(checkpoint).to(device.device) for checkpoint in checkpoints], []
+    windows = document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows).to(device.torch_device)
+    models, losses = [load_model(checkpoint).to(device.torch_device) for checkpoint in checkpoints], []
     for name, checkpoint, model in zip(names, checkpoints, models):
-        batch_size = windows_at_a_time(checkpoint["config"], edges[-1], CHUNK, device.device)
+        batch_size = windows_at_a_time(checkpoint["config"], edges[-1], CHUNK, device.torch_device)
         with device.autocast():
             losses.append(score(model, windows, CHUNK, batch_size))
         if not losses[-1][:, :edges[1]].isfinite().all():
             raise ValueError(f"{name} gives NaN or infinite losses: its weights are damaged, or training diverged")
     window = windows[closest_to_mean(torch.stack(losses), edges)]
-    runs = [describe(*run, device=device, window=window, edges=edges) for run in zip(names, checkpoints, models, losses)]
+    runs = [describe(name, model, own, device, window, edges) for name, model, own in zip(names, models, losses)]
     vocab, tokens = number_tokens(window.cpu(), [part for run in runs for part in (run, run["local"])])
     return {"L": edges[1], "source": str(source), "windows": len(windows), "tokens": tokens, "runs": runs,
-            "vocab": [token_text(tokenizer, token) for token in vocab]}
+            "vocab": [tokenizer.decode_bytes([token]).decode(errors="backslashreplace") for token in vocab]}
 
 
-# --------------------------------------------------------------------------------------------------
-# How it is stored
+# --- How it is stored -------------------------------------------------------------------------------------------------
 
 
 def loss_steps(losses):
@@ -140,15 +138,6 @@ def number_tokens(tokens, parts):
     return order.tolist(), number[tokens]
 
 
-def token_text(tokenizer, token):
-    """The text of a token; its bytes in hexadecimal if they are a part of a character."""
-    raw = tokenizer.decode_bytes([token])
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return f"⟨{raw.hex(' ')}⟩"
-
-
 def encode(tensor):
     """Integers -> a character each."""
     return "".join(chr(FIRST_CHARACTER + number) for number in tensor.flatten().long().tolist())
@@ -161,7 +150,7 @@ def fill_template(data):
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", text, 1)
 
 
-# --------------------------------------------------------------------------------------------------
+# --- The command ------------------------------------------------------------------------------------------------------
 
 
 def make_parser():
@@ -181,7 +170,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     check_output(args.html)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], run_names(args.runs)
-    data = make_page(args, checkpoints, names, Place(args))
+    data = make_page(args, checkpoints, names, Device(args))
     page = fill_template(data).encode()
     with replacing(args.html) as file:
         file.write(page)
