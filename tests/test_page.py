@@ -1,4 +1,4 @@
-"""experiments/page.py: what the page holds is what the models and the evaluation give, and its script runs without error."""
+"""experiments/page.py: the page holds what the models and the evaluation give, and its script runs without error."""
 import json
 import random
 import re
@@ -20,7 +20,8 @@ L, FACTOR = 16, 8
 HALF_A_STEP = 0.01 + 1e-4  # of 0.02 nats, and what float32 adds
 
 # What could end the script, start a tag, reverse the order of text or be invisible; right to left; marks; white space
-HOSTILE = "</script><!-- <b>&amp;\"' \u202eabc\u202c \u2067x\u2069 שלום עולם\u200f مرحبا e\u0301 a\tb\u00a0c\u200b\ufeff 𝒳🙂\n"
+HOSTILE = ("</script><!-- <b>&amp;\"' \u202eabc\u202c \u2067x\u2069 שלום עולם\u200f مرحبا e\u0301 "
+           "a\tb\u00a0c\u200b\ufeff 𝒳🙂\n")
 
 
 def make(runs, folder, *arguments):
@@ -70,17 +71,20 @@ def numbers(opened, code):
 @pytest.mark.parametrize("i", range(3))
 def test_losses_are_those_of_the_evaluation(i, runs, opened, windows, shown_window):
     model = load_model(runs[i])
-    for key, losses in (("loss", score(model, windows[0], 128, 6)), ("localLoss", score_local(model, windows[0], L, 6))):
+    expected = {"loss": score(model, windows[0], 128, 6), "localLoss": score_local(model, windows[0], L, 6)}
+    for key, losses in expected.items():
         shown = numbers(opened, f"runs[{i}].{key}.slice(1)")
         torch.testing.assert_close(shown, losses[shown_window], atol=HALF_A_STEP, rtol=0, equal_nan=True)
 
 
 def test_mean_by_bucket_is_that_of_the_evaluation(runs, opened, tmp_path):
     file = tmp_path / "results.json"
-    eval_extrapolation.main([*runs, "--windows", "6", "--max_factor", str(FACTOR), "--device", "cpu", "--json", str(file)])
+    eval_extrapolation.main([*runs, "--windows", "6", "--max_factor", str(FACTOR), "--device", "cpu",
+                             "--json", str(file)])
     for i, run in enumerate(json.loads(file.read_text())["runs"]):
-        expected = torch.tensor([float("nan") if bucket["nll"] is None else bucket["nll"] for bucket in run["buckets"]])
-        torch.testing.assert_close(numbers(opened, f"runs[{i}].mean"), expected, atol=HALF_A_STEP, rtol=0, equal_nan=True)
+        shown = opened.run(f"runs[{i}].mean")
+        for mean, bucket in zip(shown, run["buckets"], strict=True):
+            assert mean is bucket["nll"] is None or abs(mean - bucket["nll"]) < HALF_A_STEP
 
 
 def test_passage_is_the_window_closest_to_the_mean(runs, windows, shown_window):
@@ -130,9 +134,10 @@ def test_undefined_positions_are_called_so(opened):
     assert "undefined" not in opened.text("detail")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_two_hundred_random_actions(seed, runs, tmp_path):
-    opened, draw = make(runs, tmp_path, *([], ["--max_factor", "1"], ["--max_factor", "3"], [])[seed]), random.Random(seed)
+    arguments = ([], ["--max_factor", "1"], ["--max_factor", "3"])[seed]
+    opened, draw = make(runs, tmp_path, *arguments), random.Random(seed)
     keys = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End", "x"]
     for _ in range(200):
         action = draw.randrange(6)
@@ -158,7 +163,8 @@ def test_two_hundred_random_actions(seed, runs, tmp_path):
 def test_buttons_choose_the_extreme_tokens(opened):
     for run in (0, 1):
         opened.run(f"show(runs[{run}], 'loss')")
-        for label, key, best in (("highest loss", "loss", max), ("far tokens help most", "gain", min), ("harm most", "gain", max)):
+        for label, key, best in (("highest loss", "loss", max), ("far tokens help most", "gain", min),
+                                 ("harm most", "gain", max)):
             button = opened.run("Object.keys(JUMPS)").index(label)
             opened.act(f"document.querySelectorAll('button')[{button}].click()")
             values = opened.run(f"runs[{run}].{key}.slice(1)")
@@ -194,11 +200,12 @@ def test_multiples_of_L_are_marked(opened):
 
 def test_page_says_how_it_was_made(opened, dataset):
     text = opened.text("intro") + opened.text("notes")
-    for part in (f"{FACTOR * L} tokens", "3 runs", f"L = {L}", dataset, "6 windows", "closest to their mean", "0.02 nats"):
+    for part in (f"{FACTOR * L} tokens", "3 runs", f"L = {L}", dataset, "6 windows", "closest to their mean",
+                 "0.02 nats"):
         assert part in " ".join(text.split())
 
 
-# --- Texts that are hard to show ----------------------------------------------------------------------------------------
+# --- Texts that are hard to show --------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["char", "bpe"])
@@ -252,7 +259,7 @@ def test_hostile_page_survives_every_token(hostile):
         opened.check_content()
 
 
-# --- Bad input ----------------------------------------------------------------------------------------------------------
+# --- Bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_different_tokenizers_are_refused(finished_run, hostile, fails, tmp_path):
