@@ -21,7 +21,7 @@ import torch
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
 from model import GPTConfig, KVCache
@@ -40,8 +40,7 @@ def bucket_edges(block_size, max_factor):
 def windows_at_a_time(config, length, chunk, device):
     """How many windows of a length fit side by side in half a GB, or in half of a GPU's free memory.
 
-    config: that of a checkpoint. The number affects speed, not losses.
-    """
+    config: that of a checkpoint. The number affects speed, not losses."""
     C, V = config["n_embd"], config["vocab_size"]
     cached = 2 * C * length * config["n_layer"]  # keys and values
     # of one forward of score or score_local: logits, twice more in the loss, and the widest layer's in- and outputs
@@ -53,8 +52,7 @@ def windows_at_a_time(config, length, chunk, device):
 def scalings(args, config):
     """The combinations of the scaling flags' values that a configuration allows -> overrides of it.
 
-    Values that are not given stay as they were in training.
-    """
+    Values that are not given stay as they were in training."""
     config = GPTConfig(**config)
     rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary_names() else [config.rope_scaling]
     factors = {"none": 1.0} if args.rope_scaling else {config.rope_scaling: config.rope_factor}
@@ -70,8 +68,7 @@ def score(model, windows, chunk, batch_size):
     """Loss of each token given all tokens before it in its window.
 
     A window passes in chunks through a KV cache, so that the largest tensor has batch_size * chunk * max(H T, V)
-    numbers instead of T x T or T x V. Tokens beyond an encoding's limit are nan.
-    """
+    numbers instead of T x T or T x V. Tokens beyond an encoding's limit are nan."""
     width = windows.size(1) - 1
     limit = min(width, model.transformer.wpe.max_length or width)
     losses = torch.full((len(windows), width), math.nan, device=windows.device)
@@ -106,8 +103,7 @@ def score_scaled(checkpoint, scaling, windows, edges, chunk, batch_size):
     """score() of a checkpoint under one of the scalings.
 
     With rope_factor "auto" each bucket has its own factor, its end divided by the context before scaling, and its own
-    pass.
-    """
+    pass."""
     passes = [(0, edges[-1], scaling["rope_factor"])]
     if scaling["rope_factor"] == "auto":
         L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
@@ -133,8 +129,7 @@ def summarize(losses, local_losses, first_losses, edges, characters):
 
     nll_above_first is the difference from the first run, nll_above_local that from the run itself with at most L tokens
     of context: negative if it gains from what is further back. The tokens are the same, so that both are known much
-    better than a loss.
-    """
+    better than a loss."""
     buckets = []
     for i, (start, end) in enumerate(zip(edges, edges[1:])):
         nll, stderr = bucket_mean(losses, start, end)
@@ -267,6 +262,7 @@ def score_runs(args, checkpoints, names, windows, edges, characters, device):
     for name, checkpoint in zip(names, checkpoints):
         config = checkpoint["config"]
         model = load_model(checkpoint).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():  # L tokens need no scaling but that of the training: one score for all
             local_losses = score_local(model, windows, config["block_size"], batch_size)
         for scaling in scalings(args, config):

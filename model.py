@@ -36,8 +36,7 @@ class PositionalEncoding(nn.Module):
     """The three places at which an encoding can act. The base class acts at none of them.
 
     Angles and biases are float32 in any model. Fixed numbers are plain tensors and not buffers:
-    model.to(torch.bfloat16) would round a buffer, and the error of an angle grows with position.
-    """
+    model.to(torch.bfloat16) would round a buffer, and the error of an angle grows with position."""
 
     max_length = None  # the longest context it is defined for; None: any length
 
@@ -59,8 +58,7 @@ class PositionalEncoding(nn.Module):
     def bias(self, q_pos, k_pos):
         """Positions (Tq,), (Tk,) -> what is added to the logits, float32 (H, Tq, Tk); or None.
 
-        Values for keys in the future are ignored.
-        """
+        Values for keys in the future are ignored."""
         return None
 
 
@@ -83,8 +81,7 @@ class RoPE(PositionalEncoding):
 
     logit(m, n) = sum_j q_j . R((n - m) theta_j) k_j depends on the distance n - m alone. No
     parameters. A pair that needs more than L tokens for a turn meets, beyond L, angles that never
-    occurred in training. That is one reason why RoPE can fail there; HoPE tests it.
-    """
+    occurred in training. That is one reason why RoPE can fail there; HoPE tests it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -112,8 +109,7 @@ class PRoPE(RoPE):
 
     theta_j for j < floor(p D / 2), else 0: what the slow pairs add to a logit depends on the tokens
     alone. p = 1 is RoPE, p = 0 is NoPE. p does not depend on L, so pairs that need more than L
-    tokens for a turn may be rotated.
-    """
+    tokens for a turn may be rotated."""
 
     def n_rotated(self, theta, config):
         return int(config.prope_fraction * len(theta))
@@ -123,8 +119,7 @@ class HoPE(RoPE):
     """HoPE (High-frequency rotary position encoding, arXiv 2410.21216, sec. 4): rotates the pairs
     that complete a turn within the trained context, theta_j >= 2 pi / L.
 
-    Every angle that such a pair can take, modulo 2 pi, has occurred in training.
-    """
+    Every angle that such a pair can take, modulo 2 pi, has occurred in training."""
 
     def n_rotated(self, theta, config):
         L = config.rope_context or config.block_size
@@ -137,8 +132,7 @@ def rotate(x, cos, sin):
 
     A pair is the channels (j, j + D / 2), as in Llama. RoFormer pairs (2j, 2j + 1), which is the
     same up to the order of the channels. The other pairs pass through: their part of the logit is
-    a plain dot product, independent of position.
-    """
+    a plain dot product, independent of position."""
     K, half = cos.size(-1), x.size(-1) // 2
     # One split instead of four slices: the backward of each slice would allocate all of x.
     a, a_rest, b, b_rest = x.split((K, half - K, K, half - K), dim=-1)
@@ -165,8 +159,7 @@ class KVCache:
 
     A layer with a window keeps window - 1 tokens. For the others, room for max_length tokens is
     allocated at the first use. Keys are stored rotated by their own position, which later tokens do
-    not change. A cache belongs to one model.
-    """
+    not change. A cache belongs to one model."""
 
     def __init__(self, max_length):
         self.max_length = max_length
@@ -295,8 +288,7 @@ class GPT(nn.Module):
         ignored. The loss is the mean, or with reduction="none" that of each token, float32 (B, T).
         Without targets: logits of the last position (B, 1, V), and None.
         With a KVCache, idx continues the tokens in the cache.
-        Raises ValueError if there are more tokens than the encoding or the cache has room for.
-        """
+        Raises ValueError if there are more tokens than the encoding or the cache has room for."""
         past = 0 if cache is None else cache.length
         end = past + idx.size(1)
         pe = self.transformer.wpe
@@ -329,8 +321,9 @@ class GPT(nn.Module):
         window = config.window if kind == "S" else 0
         oldest = max(0, past - window + 1) if window else 0
         q_pos, k_pos = pos[past:], pos[oldest:]
-        rotary = pe.rotary(q_pos)
-        mask = self.attention_mask(pe.bias(q_pos, k_pos), q_pos, k_pos, window)
+        with torch.autocast(pos.device.type, enabled=False):  # float32, as PositionalEncoding says
+            rotary, bias = pe.rotary(q_pos), pe.bias(q_pos, k_pos)
+        mask = self.attention_mask(bias, q_pos, k_pos, window)
         query_scale = self.query_scale(config, q_pos, rotary is not None)
         return LayerPositions(rotary, mask, query_scale, window)
 
@@ -355,8 +348,7 @@ class GPT(nn.Module):
         yarn: (0.1 ln factor + 1)^2 (arXiv 2309.00071, eqs. 21 and 22). The authors multiply cos and
         sin, and so q and k, by its square root; here q gets it all, pairs not rotated included.
         logn: max(1, ln n / ln L) for the n-th token keeps attention as sharp when there are more
-        keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied.
-        """
+        keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied."""
         scale = None
         if config.rope_scaling == "yarn" and rotated:
             scale = torch.full((len(pos), 1), (0.1 * math.log(config.rope_factor) + 1) ** 2,
@@ -398,8 +390,7 @@ class GPT(nn.Module):
 class Learned(PositionalEncoding):
     """A learned vector per position, added to the token embedding (GPT-2): x_n + w_n.
 
-    L C parameters. Undefined beyond the trained context.
-    """
+    L C parameters. Undefined beyond the trained context."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -418,8 +409,7 @@ class Sinusoidal(PositionalEncoding):
 
     sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_j = 10000^(-2j / C)
     (secs. 3.4 and 3.5). No parameters. Embeddings start with a standard deviation of 0.02, so the
-    sines and cosines (0.7) dominate until the embeddings have grown.
-    """
+    sines and cosines (0.7) dominate until the embeddings have grown."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -435,8 +425,7 @@ def alibi_slopes(n_head):
     """ALiBi's slope of each head, float32 (n_head,): 2^(-8h / n_head), h = 1 ... n_head.
 
     If n_head is not a power of two: the slopes of the next lower power, then every other one of
-    twice that power.
-    """
+    twice that power."""
     power = 2 ** int(math.log2(n_head))
     slopes = 2 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2 ** (-4 / power * torch.arange(1, 2 * power, 2, dtype=torch.float64))
@@ -447,8 +436,7 @@ class ALiBi(PositionalEncoding):
     """Attention with linear biases (arXiv 2108.12409, sec. 3): -m_h * distance, m_h fixed.
 
     No parameters. Perplexity stays flat beyond L because far tokens hardly count: a head looks back
-    a few times 1 / m_h tokens.
-    """
+    a few times 1 / m_h tokens."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -463,8 +451,7 @@ def t5_bucket(distance, num_buckets=32, max_distance=128):
     """T5's bucket of each distance, int64 of the same shape. Negative distances count as 0.
 
     The first half of the buckets holds one distance each. Those of the second half grow by a
-    constant factor up to max_distance; all longer distances share the last bucket.
-    """
+    constant factor up to max_distance; all longer distances share the last bucket."""
     half = num_buckets // 2
     distance = distance.clamp(min=0)
     fraction = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)
@@ -476,8 +463,7 @@ class T5(PositionalEncoding):
     """T5's relative bias (arXiv 1910.10683, sec. 2.1): a learned number per head and bucket.
 
     32 H parameters, shared by the layers as in the paper. Unlike there, logits are divided by
-    sqrt(D). The table starts at zero, so that the model starts as NoPE.
-    """
+    sqrt(D). The table starts at zero, so that the model starts as NoPE."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -496,8 +482,7 @@ class KERPLE(PositionalEncoding):
 
     2 H parameters, shared by the layers (the authors give each layer its own). r1 and r2 are at
     least 0.01, as in the authors' code: smaller values are reflected, since a clamp would have no
-    gradient.
-    """
+    gradient."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -567,8 +552,7 @@ def yarn(theta, base, block_size, factor):
     """YaRN (arXiv 2309.00071): keep pairs with over 32 turns in L, divide those with under 1 turn.
 
     In between, a linear ramp over the pair's index. The limits head_dim - 1 and 0.001 are those of
-    the authors' code. YaRN's temperature is in GPT.query_scale.
-    """
+    the authors' code. YaRN's temperature is in GPT.query_scale."""
     head_dim = 2 * len(theta)
     j = torch.arange(len(theta), dtype=theta.dtype)
     first, last = (head_dim * math.log(block_size / (2 * math.pi * turns)) / (2 * math.log(base))
@@ -611,8 +595,7 @@ def check_value(value, limits, name="it"):
 class GPTConfig:
     """Everything that defines the network. Most fields are flags of train.py.
 
-    Raises ValueError if a value is outside its limits or if values do not fit each other.
-    """
+    Raises ValueError if a value is outside its limits or if values do not fit each other."""
 
     block_size: int = setting(128, "trained context L in tokens", at_least=2)
     vocab_size: int = setting(256, "size of the vocabulary; set by the tokenizer", at_least=1)

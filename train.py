@@ -23,7 +23,15 @@ from tqdm import tqdm
 
 from common import flags
 from common.checkpoint import append_log, copy_matching_weights, cut_log, exclusive, load_checkpoint, save_checkpoint
-from common.device import Device, DeviceConfig, explain_failures, pick_compile, stop_signals
+from common.device import (
+    Device,
+    DeviceConfig,
+    check_computation,
+    explain_failures,
+    memory_estimate,
+    pick_compile,
+    stop_signals,
+)
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data import nanogpt
 from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
@@ -53,7 +61,8 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     save_minutes: float = setting(10.0, "minutes after which a checkpoint is saved in any case", at_least=0)
     keep_every: int | None = setting(None, "keep the weights of every N-th step, as ckpt_00000N.pt", at_least=1)
     compile: bool | None = setting(None, "torch.compile: the first step takes a minute, the others less time; default: "
-                                   "on if Triton can build kernels for the GPU")
+                                   "on for 1,000 steps or more at width 256 or more, if Triton can build kernels for "
+                                   "the GPU")
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,8 +98,7 @@ def train(run, signals, bar):
 class Run:
     """One training run: model, optimizer, progress, and the files in out_dir.
 
-    Every process has one; that of rank 0 evaluates, writes and prints.
-    """
+    Every process has one; that of rank 0 evaluates, writes and prints."""
 
     def __init__(self, network, config, meta, ids, device):
         self.config, self.meta, self.ids, self.device = config, meta, ids, device
@@ -100,7 +108,7 @@ class Run:
         # Small gradients would be zero in float16, so the scaler multiplies the loss.
         self.scaler = torch.amp.GradScaler(device.type, enabled=device.dtype == torch.float16)
         torch.manual_seed(config.seed + device.rank)  # again: encodings draw different numbers of initial values
-        self.compiled = pick_compile(config.compile, device.torch_device)
+        self.compiled = pick_compile(config.compile, device.torch_device, network.n_embd, config.max_iters)
         self.compiled_model = torch.compile(self.model) if self.compiled else self.model
         if device.n_processes > 1:
             self.compiled_model = DistributedDataParallel(self.compiled_model)
@@ -113,6 +121,7 @@ class Run:
         self.started = self.saved_at = time.time()
         self.val_loss = self.train_loss = self.grad_norm = self.lr = None  # the latest
         self.loss_sum, self.loss_count = torch.zeros((), device=device.torch_device), 0  # since the last log line
+        self.overflows = self.overflows_in_a_row = 0  # steps in which the gradient overflowed in float16
         self.write_error = None  # of this step
 
     def step(self):
@@ -133,8 +142,12 @@ class Run:
             train_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)  # clipping applies to the true gradient
         self.grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
+        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        overflowed = self.scaler.get_scale() < scale  # then the scaler took no step
+        self.overflows += overflowed
+        self.overflows_in_a_row = overflowed * (self.overflows_in_a_row + 1)
         self.optimizer.zero_grad(set_to_none=True)
         self.train_loss = device.mean(train_loss)
         self.loss_sum += self.train_loss
@@ -211,6 +224,10 @@ class Run:
             losses["validation loss"] = self.val_loss
         grad_norm = self.grad_norm.item()
         finite = math.isfinite(grad_norm) or self.scaler.is_enabled()  # the scaler skips overflows
+        if self.overflows_in_a_row >= 20:
+            raise RuntimeError(f"the last {self.overflows_in_a_row} gradients overflowed in float16, and no step was "
+                               "taken: start again in another --out_dir with --dtype float32 or bfloat16; "
+                               f"{self.config.out_dir}/ckpt.pt still holds step {self.saved:,}")
         if finite and all(loss < limit for loss in losses.values()):
             return
         raise RuntimeError(
@@ -307,6 +324,8 @@ def describe_run(run, copied=None):
         "the text")
     say(f"device    {run.device}, {str(run.device.dtype).removeprefix('torch.')}, seed {config.seed}"
         + ", compiled: the first step takes a minute" * run.compiled)
+    memory, free = memory_estimate(network, config.batch_size, run.device.dtype) / 1e9, run.device.free_memory()
+    say(f"memory    about {memory:.1f} GB needed" + (f", {free / 1e9:.1f} GB free" if free else ""))
     if copied:
         same, new, left_out = copied
         say(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
@@ -324,6 +343,9 @@ def describe_result(run, stopped):
         say(f"stopped after step {run.iter:,}, everything is saved; continue with: python train.py --resume "
             f"--out_dir {out_dir}")
         return
+    if run.overflows:
+        say(f"note: in {run.overflows:,} of {run.iter - run.first:,} steps the gradient overflowed in float16, and the "
+            "step was left out")
     say(f"lowest validation loss {run.best_val_loss:.4f} nats per token; {(time.time() - run.started) / 60:.1f} "
         f"minutes; saved in {out_dir}")
     say(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")
@@ -333,8 +355,7 @@ def describe_result(run, stopped):
 def parse(argv):
     """-> GPTConfig, TrainConfig, and the checkpoint to resume or to start from, or None.
 
-    Raises ValueError if they do not fit together.
-    """
+    Raises ValueError if they do not fit together."""
     parser = flags.ArgumentParser("Train a GPT. Flags can be kept in a file: python train.py @config/cpu_demo",
                                   hints=nanogpt.FLAGS)
     flags.add_flags(parser.add_argument_group("network"), GPTConfig, *NETWORK_FLAGS)
@@ -359,8 +380,7 @@ def parse(argv):
 def parse_resumed(parser, argv, checkpoint):
     """Parse argv with the flags of the run in a checkpoint as defaults.
 
-    Raises ValueError if a flag that is not in FREE_ON_RESUME has changed.
-    """
+    Raises ValueError if a flag that is not in FREE_ON_RESUME has changed."""
     if "optimizer" not in checkpoint:
         raise ValueError("ckpt.pt holds weights only, which can be scored, sampled and named by --init_from, but not "
                          "resumed")
@@ -392,6 +412,7 @@ def main(argv=None):
                 run.load(checkpoint)
             elif checkpoint:
                 copied = copy_matching_weights(run.model, checkpoint)
+            check_computation(run.model, device)
             if device.rank == 0:
                 cut_log(Path(config.out_dir, "log.jsonl"), run.iter if config.resume else -1)
                 describe_run(run, copied)

@@ -23,8 +23,7 @@ def replacing(path):
     """Open a file beside `path` for writing, and rename it to `path` once it is complete and on the disk.
 
     Whenever the process is killed, `path` is the old file or the new one. Raises OSError, for example on a full disk;
-    the old file is then kept.
-    """
+    the old file is then kept."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -80,8 +79,7 @@ def load_checkpoint(path):
     """A checkpoint file, or the one in a run's folder (best.pt, else ckpt.pt) -> dict.
 
     Reads nanoGPT's ckpt.pt too, which holds neither dataset nor tokenizer (None). Executes nothing in the file
-    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project.
-    """
+    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project."""
     path = Path(path)
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
@@ -119,8 +117,7 @@ def load_model(checkpoint, **overrides):
     """A path, or what load_checkpoint returned -> the GPT, ready to evaluate.
 
     overrides replace fields of its configuration that the weights do not depend on, such as rope_scaling="yarn".
-    Raises ValueError if the weights do not fit the configuration.
-    """
+    Raises ValueError if the weights do not fit the configuration."""
     if not isinstance(checkpoint, dict):
         checkpoint = load_checkpoint(checkpoint)
     model = GPT(GPTConfig(**{**checkpoint["config"], **overrides}))
@@ -135,8 +132,7 @@ def copy_matching_weights(model, checkpoint):
     """Copy the weights of a checkpoint into a model -> (names copied, names that are new, names left out).
 
     What an encoding has learned is copied if the encoding is the same. Raises ValueError if the network around it
-    differs, with what differs.
-    """
+    differs, with what differs."""
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
              if was.get(name, now[name]) != now[name]]
@@ -170,8 +166,7 @@ def append_log(path, line):
 def cut_log(path, last_iter):
     """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short.
 
-    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's.
-    """
+    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's."""
     kept, opening = [], '{"iter": '  # of a line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     foreign = lines and not opening.startswith(lines[0][:len(opening)])

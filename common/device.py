@@ -1,6 +1,7 @@
 """
 Where a model runs: the device, the number format of its matrix products, torch.compile, and torchrun's processes.
 """
+import copy
 import importlib.util
 import os
 import shutil
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from model import setting
+from model import KVCache, setting
 
 HAS_BFLOAT16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # private: it may disappear
 
@@ -23,17 +24,16 @@ class DeviceConfig:
     """The flags that all scripts share."""
 
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto takes the best available")
-    dtype: str = setting("auto", "number format of matrix products; auto: bfloat16 on GPUs that have it, float16 on "
-                         "older GPUs, float32 elsewhere, except to train at width 256 or more on CPUs with bfloat16 "
-                         "units", one_of=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "number format of matrix products; auto: float32 to score and sample; to train, "
+                         "bfloat16 on GPUs that have it and, at width 256 or more, on CPUs that have it, float16 on "
+                         "older GPUs", one_of=("auto", "float32", "bfloat16", "float16"))
 
 
 class Device:
     """A device and a number format. With torchrun it also knows the other processes, each with a GPU of its own, which
     divide the micro-batches of a step and share the mean gradient.
 
-    training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device.
-    """
+    training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device."""
 
     def __init__(self, config, training_width=0):
         self.torch_device = pick_device(config.device)
@@ -49,6 +49,10 @@ class Device:
             return torch.cuda.get_device_name(self.torch_device)
         return f"{self.torch_device} ({torch.get_num_threads()} threads)"
 
+    def free_memory(self):
+        """Free bytes of a GPU of CUDA, None elsewhere."""
+        return torch.cuda.mem_get_info(self.torch_device)[0] if self.type == "cuda" else None
+
     def autocast(self):
         """A context with matrix products in dtype, sums and norms in float32. It does nothing for float32."""
         return torch.autocast(self.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
@@ -57,8 +61,7 @@ class Device:
     def processes(self, n_micro_batches):
         """Work together with the other processes of torchrun, if there are any.
 
-        Raises ValueError if they cannot share the micro-batches evenly.
-        """
+        Raises ValueError if they cannot share the micro-batches evenly."""
         if "RANK" not in os.environ:
             yield
             return
@@ -93,8 +96,7 @@ class Device:
     def get_rng_state(self):
         """The states of the random numbers for dropout, one per process; all of them have to call this.
 
-        Batches need no random state: they are a function of the step.
-        """
+        Batches need no random state: they are a function of the step."""
         state = {"cpu": torch.get_rng_state()}
         if self.type in ("cuda", "mps"):
             state[self.type] = getattr(torch, self.type).get_rng_state()
@@ -114,8 +116,9 @@ class Device:
 def pick_device(name):
     """--device -> torch.device. Raises ValueError if there is no such device, RuntimeError if its memory is full."""
     auto = name == "auto"
-    if auto:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if auto:  # cuda (AMD's GPUs, too), mps, xpu
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
     if name == "cuda" and "RANK" in os.environ:  # torchrun: one GPU per process
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
@@ -137,25 +140,61 @@ def pick_device(name):
 
 
 def pick_dtype(name, device, training_width=0):
-    """--dtype -> torch.dtype. A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
+    """--dtype -> torch.dtype. Scores are float32 on every device, so that they can be compared.
+
+    A CPU gets bfloat16 only to train wide models: narrow ones gain little from it."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
+    if device.type == "cuda" and training_width:
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu" and training_width >= 256 and HAS_BFLOAT16():
         return torch.bfloat16
     return torch.float32
 
 
-def pick_compile(choice, device):
-    """--compile, --no-compile or neither (None) -> bool. The default is on if Triton can build kernels for the GPU."""
-    if choice is not None or device.type != "cuda":
+def pick_compile(choice, device, width, steps):
+    """--compile, --no-compile or neither (None) -> bool.
+
+    The default is on if Triton can build kernels for the GPU and if that pays. Compiling takes about a minute. It saves
+    a part of each step: at width 256 and more, 1,000 steps take minutes; those of narrower networks take milliseconds.
+    """
+    if choice is not None or device.type != "cuda" or width < 256 or steps < 1000:
         return bool(choice)
     # Triton builds the code that launches a kernel with a C compiler and Python's headers
     compiler = any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang")))
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h").exists()
     return (importlib.util.find_spec("triton") is not None and compiler and headers
             and torch.cuda.get_device_capability(device) >= (7, 0))  # Volta, the oldest that Triton supports
+
+
+@torch.no_grad()
+def check_computation(model, device):
+    """Compare a GPT on a device with itself on the CPU, in a second or less; nothing is done if it is the CPU.
+
+    Some versions of PyTorch compute wrong attention on some devices without an error: it sees future tokens (issue
+    195910 there), or cached keys are misread (169222, 182285). Raises RuntimeError."""
+    if device.type == "cpu":
+        return
+    training, reference = model.training, copy.deepcopy(model).to("cpu", torch.float32).eval()
+    ids = torch.arange(min(model.config.block_size, 128))[None] * 7919 % model.config.vocab_size  # (1, T)
+    other = ids.clone()
+    other[0, -1] = (ids[0, -1] + 1) % model.config.vocab_size
+    ids_there, other, cache = ids.to(device.torch_device), other.to(device.torch_device), KVCache(ids.size(1))
+    model.eval()
+    with device.autocast():
+        logits, changed = (model(x, x)[0].float().cpu() for x in (ids_there, other))  # (1, T, V)
+        model(ids_there[:, :-1], cache=cache)
+        cached = model(ids_there[:, -1:], cache=cache)[0].float().cpu()  # (1, 1, V)
+    model.train(training)
+    expected = reference(ids, ids)[0]
+    rounding = 0.01 if device.dtype == torch.float32 else 0.1
+    for fault, a, b, tolerance in (
+            ("attention sees later tokens", logits[:, :-1], changed[:, :-1], 1e-5),  # the same operations
+            ("logits differ from the CPU's", logits, expected, rounding),
+            ("reading through the cache differs from reading at once", cached[0], expected[:, -1], rounding)):
+        if not (a - b).abs().max() < tolerance * expected.abs().max():  # nan is a fault, too
+            raise RuntimeError(f"PyTorch {torch.__version__} computes wrongly on {device} in {device.dtype}: {fault}: "
+                               "use another version of PyTorch, --dtype float32 or --device cpu")
 
 
 def is_out_of_memory(error):
@@ -193,8 +232,7 @@ def memory_estimate(network, batch_size, dtype):
 def stop_signals():
     """Collect SIGINT (Ctrl-C), SIGTERM and SIGHUP (a closed terminal) in a list.
 
-    A second SIGINT or SIGTERM raises KeyboardInterrupt.
-    """
+    A second SIGINT or SIGTERM raises KeyboardInterrupt."""
     terminals = [stream for stream in (1, 2) if os.isatty(stream)]  # asked now: a closed terminal is no longer one
     received, hangup = [], getattr(signal, "SIGHUP", None)  # Windows has no SIGHUP
 

@@ -32,8 +32,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse that reads flags from a file with @FILE (# starts a comment) and fails in one line.
 
-    hints: flags that do not exist, or "--flag value", -> what to do instead.
-    """
+    hints: flags that do not exist, or "--flag value", -> what to do instead."""
 
     def __init__(self, description, hints=None):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
@@ -111,8 +110,7 @@ def parsed(kind, **limits):
 def add_flags(parser, config, *names, **changes):
     """Add a flag for each field of a dataclass, or for those named.
 
-    changes: options of add_argument that replace what the field says, as nargs="+".
-    """
+    changes: options of add_argument that replace what the field says, as nargs="+"."""
     for field in dataclasses.fields(config):
         if names and field.name not in names:
             continue
@@ -173,8 +171,7 @@ def run(main):
 
     2: the command, or a file that it names, has to change (ValueError, a missing file).
     1: it was correct and failed later (OSError, RuntimeError, a missing package). 130: Ctrl-C.
-    Any other exception is a defect of this project and keeps its traceback.
-    """
+    Any other exception is a defect of this project and keeps its traceback."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a console of Windows may not have all characters

@@ -35,8 +35,7 @@ def orthogonalized(x, dtype):
     """Matrices x (..., rows, columns) with their singular values replaced by about 1 (0.7 to 1.2), computed in dtype.
 
     Five Newton-Schulz iterations x <- a x + (b A + c A A) x with A = x x^T. Each is an odd polynomial of x, so that it
-    acts on the singular values alone. The coefficients are Keller Jordan's.
-    """
+    acts on the singular values alone. The coefficients are Keller Jordan's."""
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # x x^T is the smaller one
@@ -56,8 +55,7 @@ class Muon(torch.optim.Optimizer):
 
     It differs from torch.optim.Muon in two points. The matrices of a group can consist of `parts` stacked ones, such as
     q, k and v in c_attn, which are orthogonalized one by one. And dtype is that of the orthogonalization:
-    torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it.
-    """
+    torch.optim.Muon always takes bfloat16, which is 40 times slower than float32 on CPUs without units for it."""
 
     def __init__(self, groups, lr, momentum, weight_decay, dtype):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1})
@@ -107,8 +105,7 @@ class Optimizers:
 def make_optimizer(model, config, device, dtype=torch.float32):
     """The optimizer of an OptimizerConfig; dtype: that of the model's matrix products.
 
-    Matrices decay; biases, norms and what an encoding learns do not.
-    """
+    Matrices decay; biases, norms and what an encoding learns do not."""
     matrices, embeddings, vectors = [], [], []
     for name, parameter in model.named_parameters():
         vector = parameter.dim() < 2 or name.startswith("transformer.wpe")

@@ -121,8 +121,7 @@ def import_pyplot():
 def styles(runs):
     """Runs with a "pe" each -> colour, marker and line style of each, by encoding.
 
-    Several runs of one encoding share its colour and differ in line style.
-    """
+    Several runs of one encoding share its colour and differ in line style."""
     lines, count, found = ("-", "--", ":", "-."), {}, []
     for run in runs:
         i = count[run["pe"]] = count.get(run["pe"], -1) + 1
