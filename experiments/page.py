@@ -53,8 +53,7 @@ def predictions(model, scoring, window):
 
     Returns the losses (W,), nan where undefined, and for the positions before that the ids of the likeliest tokens and
     their probabilities (W, LIKELIEST). Some tokens are predicted several times. The scoring function decides which time
-    counts: the model gives it the number of each prediction in place of the loss.
-    """
+    counts: the model gives it the number of each prediction in place of the loss."""
     kept = []  # one row per prediction: loss, ids, probabilities
 
     def keep(model, args, output):
@@ -127,8 +126,7 @@ def in_pairs(p):
 def number_tokens(tokens, parts):
     """Number the tokens that occur anew, the most frequent ones first. Changes "top" of the parts.
 
-    Returns the ids in this order, and tokens with their new numbers.
-    """
+    Returns the ids in this order, and tokens with their new numbers."""
     ids, counts = torch.cat([tokens, *(part["top"] for part in parts)]).unique(return_counts=True)
     order = ids[counts.argsort(descending=True, stable=True)]
     number = torch.zeros(int(ids.max()) + 1, dtype=torch.long)

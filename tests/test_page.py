@@ -149,7 +149,7 @@ def test_two_hundred_random_actions(seed, runs, tmp_path):
             opened.act(f"document.querySelectorAll('button')[{draw.randrange(3)}].click()")
         elif action == 3:
             event = draw.choice(["click", "pointermove"])
-            opened.act(f"stub.send(spans[{draw.randrange(L + 1)}], '{event}', {{movementX: 1}})")
+            opened.act(f"stub.send(spans[{draw.randrange(L + 1)}], '{event}', {{screenX: {draw.random()}}})")
         elif action == 4:
             opened.send("chart", "pointermove", buttons=1, offsetX=draw.randint(-9, 1200))
         else:
@@ -190,6 +190,13 @@ def test_keys_and_chart_move_the_choice(opened):
     opened.send("chart", "pointerdown", buttons=1, offsetX=opened.run("plotWidth()") / 2)
     assert opened.run("at") == FACTOR * L // 2
     assert opened.text("#detail h2").startswith(f"Token {FACTOR * L // 2} ({FACTOR / 2:.1f} L)")
+
+
+def test_pointing_and_tapping_choose_a_token(opened):
+    for token, event, x, at in ((5, "pointermove", 1, 5), (9, "pointermove", 2, 9), (7, "pointermove", 2, 9),  # at rest
+                                (7, "click", 2, 7), (0, "click", 3, 1)):
+        opened.act(f"stub.send(spans[{token}], '{event}', {{screenX: {x}, screenY: 0}})")
+        assert opened.run("at") == at
 
 
 def test_multiples_of_L_are_marked(opened):
