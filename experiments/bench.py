@@ -18,10 +18,23 @@ time_to_loss  how long each way to train takes to the loss that the first one en
 
 --optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
 runs as evaluation and sampling do on a CPU, in float32. --pe takes encodings or arrangements of layers
-(common/arrangements.py).
+(experiments/groups.py).
 
 A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
 are slowed down alike by whatever else the machine does. nope against itself shows how much of a ratio is chance.
+
+Found on two CPU cores with 6 layers of width 384, L = 256, batch 8 (experiments/results/bench_*.json); a difference of
+0.03 means nothing:
+
+a training step against nope's       rope, prope, hope 1.04 x the time, alibi 1.01, t5 1.08, kerple 1.04, fire 1.07
+tokens per second, nanoGPT's in      hope 0.98 x in float32, 1.60 x in bfloat16
+float32 being 1
+1,000 new tokens                     14 x faster with the cache
+buckets to 16 L                      1.62 x faster from one pass
+hope:SSSL:16 against hope            a step 0.99 x the time, an evaluation to 64 L 0.44 x, the cache 1.07 MB, not 4.10
+                                     (the demo's size: 4 layers of width 128, L = 128, batch 32)
+torch.compile on a CPU               a step 0.90 x the time, after 39 s for the first: off unless asked for
+Muon against AdamW at its best rate  0.37 x the time to the same loss (the demo's size)
 """
 import argparse
 import math
@@ -39,13 +52,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import flags
-from common.arrangements import fields_of
-from common.device import DeviceConfig, Place, pick_compile
+from common import flags, report
+from common.device import Device, DeviceConfig, pick_compile
 from common.optimizer import LEARNING_RATES, OptimizerConfig, make_optimizer
-from common.report import add_output_flags, check_outputs, import_pyplot, print_table, save_picture, write_json
 from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
+from experiments.curves import draw_line
+from experiments.groups import fields_of
 from experiments.nanogpt import PlainGPT, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
 from train import Run, TrainConfig
@@ -56,8 +69,7 @@ PEAK_FLOPS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H1
               "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12}
 
 
-# --------------------------------------------------------------------------------------------------
-# Timing
+# --- Timing -----------------------------------------------------------------------------------------------------------
 
 
 def seconds(call, device):
@@ -77,15 +89,14 @@ def in_turns(calls, repeats, device, warm_up=1):
             for name in calls}
 
 
-def report(title, results):
+def print_times(title, results):
     print(f"\n{title}")
     for name, (median, ratio) in results.items():
         print(f"  {name:24} {1000 * median:10.1f} ms   {ratio:6.3f}")
     return {name: {"seconds": median, "ratio": ratio} for name, (median, ratio) in results.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 SETTLE = 5  # warm-up rounds, until malloc keeps as much memory as the largest call needs
 
@@ -100,48 +111,52 @@ def training_step(model, optimizer, x, y, autocast):
     optimizer.zero_grad(set_to_none=True)
 
 
-def step_of(pe, config, optimizer, x, y, place, compiled):
+def step_of(pe, config, optimizer, x, y, device, compiled):
     """-> a function that takes one training step of an arrangement of layers. optimizer: its name."""
-    model = GPT(GPTConfig(**config, **fields_of(pe))).to(place.device)
-    optimizer = make_optimizer(model, OptimizerConfig(optimizer=optimizer), place.device, place.dtype)
-    return partial(training_step, torch.compile(model) if compiled else model, optimizer, x, y, place.autocast())
+    model = GPT(GPTConfig(**config, **fields_of(pe))).to(device.torch_device)
+    optimizer = make_optimizer(model, OptimizerConfig(optimizer=optimizer), device.torch_device, device.dtype)
+    return partial(training_step, torch.compile(model) if compiled else model, optimizer, x, y, device.autocast())
 
 
-def step_maker(args, config, place):
+def will_compile(args, device):
+    return pick_compile(args.compile, device.torch_device, args.n_embd, steps=1000)  # as if for a long training
+
+
+def step_maker(args, config, device):
     """-> a function from an arrangement of layers to its training step, all on the same batch."""
-    x, y = torch.randint(config["vocab_size"], (2, args.batch_size, args.block_size), device=place.device)
-    return partial(step_of, config=config, optimizer=args.optimizer, x=x, y=y, place=place,
-                   compiled=pick_compile(args.compile, place.device))
+    x, y = torch.randint(config["vocab_size"], (2, args.batch_size, args.block_size), device=device.torch_device)
+    return partial(step_of, config=config, optimizer=args.optimizer, x=x, y=y, device=device,
+                   compiled=will_compile(args, device))
 
 
-def bench_train(args, config, place):
-    make_step, compiled = step_maker(args, config, place), pick_compile(args.compile, place.device)
-    results = {"dtype": str(place.dtype).removeprefix("torch."), "compiled": compiled, "optimizer": args.optimizer,
+def bench_train(args, config, device):
+    make_step, compiled = step_maker(args, config, device), will_compile(args, device)
+    results = {"dtype": str(device.dtype).removeprefix("torch."), "compiled": compiled, "optimizer": args.optimizer,
                "encodings": {}}
-    print(f"\na training step, {place.dtype}: time, that of nope, ratio")
+    print(f"\na training step, {device.dtype}: time, that of nope, ratio")
     for pe in PE:  # in pairs: close in time, and malloc is not disturbed by others
         torch.compiler.reset()  # after compiling a function eight times, torch leaves it uncompiled
-        timed = in_turns({"": make_step("nope"), pe: make_step(pe)}, args.repeats, place.device, SETTLE)
+        timed = in_turns({"": make_step("nope"), pe: make_step(pe)}, args.repeats, device.torch_device, SETTLE)
         (nope, _), (median, ratio) = timed.values()
         print(f"  {pe:24} {1000 * median:10.1f} ms  {1000 * nope:10.1f} ms   {ratio:6.3f}", flush=True)
         results["encodings"][pe] = {"seconds": median, "nope_seconds": nope, "ratio": ratio}
-    results["against plain"] = bench_against_plain(args, config, place, make_step)
+    results["against plain"] = bench_against_plain(args, config, device, make_step)
     return results
 
 
-def bench_against_plain(args, config, place, make_step):
+def bench_against_plain(args, config, device, make_step):
     torch.compiler.reset()
     x, y = make_step.keywords["x"], make_step.keywords["y"]
-    plain = PlainGPT(GPTConfig(**config)).to(place.device)
+    plain = PlainGPT(GPTConfig(**config)).to(device.torch_device)
     optimizer = torch.optim.AdamW(plain.parameters())
     calls = {"plain GPT, float32": partial(training_step, plain, optimizer, x, y, nullcontext()),
              "ours, learned": make_step("learned"), "ours, hope": make_step("hope")}
-    timed = in_turns(calls, args.repeats, place.device, SETTLE)
-    found = report(f"a training step, {place.dtype}, against a plain GPT in float32", timed)
+    timed = in_turns(calls, args.repeats, device.torch_device, SETTLE)
+    found = print_times(f"a training step, {device.dtype}, against a plain GPT in float32", timed)
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
-    if place.device.type == "cuda":
-        peak = PEAK_FLOPS.get(str(place))
+    if device.type == "cuda":
+        peak = PEAK_FLOPS.get(str(device))
         weights = sum(p.numel() for p in GPT(GPTConfig(**config)).parameters())
         # 6 per weight and token for forward and backward, 12 per layer, channel and pair of tokens for attention
         flops = x.numel() * (6 * weights + 12 * args.n_layer * args.n_embd * args.block_size) / timed["ours, hope"][0]
@@ -149,27 +164,26 @@ def bench_against_plain(args, config, place, make_step):
     return found
 
 
-def bench_compile(args, config, place):
-    make_step, results = step_maker(args, config, place), {}
+def bench_compile(args, config, device):
+    make_step, results = step_maker(args, config, device), {}
     for pe in args.pe or ["hope"]:
         torch.compiler.reset()
         calls = {"as it is": make_step(pe, compiled=False), "compiled": make_step(pe, compiled=True)}
-        first = seconds(calls["compiled"], place.device)
-        results[pe] = report(f"a training step of {pe}, {place.dtype}; compiled, the first takes {first:.0f} s",
-                             in_turns(calls, args.repeats, place.device, SETTLE))
+        first = seconds(calls["compiled"], device.torch_device)
+        results[pe] = print_times(f"a training step of {pe}, {device.dtype}; compiled, the first takes {first:.0f} s",
+                                  in_turns(calls, args.repeats, device.torch_device, SETTLE))
         results[pe]["compiled"]["first step"] = first
     return results
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling and evaluation
+# --- Sampling and evaluation ------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def bench_generate(args, config, place):
-    device = place.device
-    model = GPT(GPTConfig(**config, pe="hope")).to(device).eval()
-    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
+def bench_generate(args, config, device):
+    where = device.torch_device
+    model = GPT(GPTConfig(**config, pe="hope")).to(where).eval()
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
 
     def uncached(n):
         idx = prompt
@@ -179,16 +193,16 @@ def bench_generate(args, config, place):
     results = {}
     for n in (100, 1000):
         calls = {"cached": partial(model.generate, prompt, n, top_k=1), "uncached": partial(uncached, n)}
-        timed = in_turns(calls, 1, device, warm_up=0) if n > 100 else in_turns(calls, args.repeats, device)
-        results[n] = report(f"{n:,} new tokens, hope: time, and ratio to cached", timed)
+        timed = in_turns(calls, 1, where, warm_up=0) if n > 100 else in_turns(calls, args.repeats, where)
+        results[n] = print_times(f"{n:,} new tokens, hope: time, and ratio to cached", timed)
 
     results["by position"] = {}
     print("\ntime per new token by position, and its ratio to that at 100")
     for pe in PE:
-        model = GPT(GPTConfig(**config, pe=pe)).to(device).eval()
+        model = GPT(GPTConfig(**config, pe=pe)).to(where).eval()
         if model.transformer.wpe.max_length is not None:  # no position 4,000
             continue
-        times = seconds_by_position(model, device)
+        times = seconds_by_position(model, where)
         results["by position"][pe] = times
         print(f"  {pe:12} " + "  ".join(f"{p:,}: {1000 * t:.2f} ms, {t / times[100]:.2f}" for p, t in times.items()))
     return results
@@ -204,11 +218,11 @@ def seconds_by_position(model, device):
     return times
 
 
-def bench_evaluate(args, config, place):
-    device, results, L = place.device, {}, args.block_size
+def bench_evaluate(args, config, device):
+    where, results, L = device.torch_device, {}, args.block_size
     for pe in ("hope", "alibi"):
-        model = GPT(GPTConfig(**config, pe=pe)).to(device).eval()
-        windows = torch.randint(config["vocab_size"], (2, 16 * L + 1), device=device)
+        model = GPT(GPTConfig(**config, pe=pe)).to(where).eval()
+        windows = torch.randint(config["vocab_size"], (2, 16 * L + 1), device=where)
 
         def one_pass(length, model=model, windows=windows):
             score(model, windows[:, :length + 1], args.chunk, 2)
@@ -219,12 +233,12 @@ def bench_evaluate(args, config, place):
 
         calls = {"one pass to 16 L": partial(one_pass, 16 * L), "a pass per bucket": each_length,
                  "one pass to 8 L": partial(one_pass, 8 * L), "one pass to 4 L": partial(one_pass, 4 * L)}
-        results[pe] = report(f"evaluation of 2 windows, {pe}: time, and ratio to the first",
-                             in_turns(calls, args.repeats, device))
+        results[pe] = print_times(f"evaluation of 2 windows, {pe}: time, and ratio to the first",
+                                  in_turns(calls, args.repeats, where))
     return results
 
 
-def bench_memory(args, config, place):
+def bench_memory(args, config, device):
     """Peak memory, each encoding in a fresh process: a process's maximum covers everything that it has run."""
     results = {}
     if sys.platform == "win32":
@@ -235,7 +249,7 @@ def bench_memory(args, config, place):
         if PE[pe](GPTConfig(**config, pe=pe)).max_length is not None:
             continue
         code = (f"from experiments import bench; bench.score_long({config!r}, {pe!r}, {64 * args.block_size}, "
-                f"{args.chunk}, {str(place.device)!r})")
+                f"{args.chunk}, {str(device.torch_device)!r})")
         results[pe] = float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
         print(f"  {pe:12} {results[pe]:.2f} GB")
     return results
@@ -258,8 +272,7 @@ def score_long(config, pe, length, chunk, device):
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9)  # macOS counts in bytes
 
 
-# --------------------------------------------------------------------------------------------------
-# Layers with windows
+# --- Layers with windows ----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -270,30 +283,29 @@ def cache_bytes(model, n_tokens):
     return sum(stored.nbytes for layer in cache.store.values() for stored in layer)
 
 
-def bench_windows(args, config, place):
-    device, L, results = place.device, args.block_size, {}
-    make_step = step_maker(args, config, place)
-    prompt = torch.zeros(1, 1, dtype=torch.long, device=device)
-    text = torch.randint(config["vocab_size"], (1, 64 * L + 1), device=device)
+def bench_windows(args, config, device):
+    where, L, results = device.torch_device, args.block_size, {}
+    make_step = step_maker(args, config, device)
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
+    text = torch.randint(config["vocab_size"], (1, 64 * L + 1), device=where)
     for name in args.pe or [f"hope:SSSL:{max(1, L // 8)}"]:
         pair = (fields_of(name)["pe"], name)  # without windows and with them
         torch.compiler.reset()
-        steps = in_turns({pe: make_step(pe) for pe in pair}, args.repeats, device, SETTLE)
-        found = results[name] = {"a training step": report(f"a training step, {place.dtype}", steps)}
-        models = {pe: GPT(GPTConfig(**config, **fields_of(pe))).to(device).eval() for pe in pair}
+        steps = in_turns({pe: make_step(pe) for pe in pair}, args.repeats, where, SETTLE)
+        found = results[name] = {"a training step": print_times(f"a training step, {device.dtype}", steps)}
+        models = {pe: GPT(GPTConfig(**config, **fields_of(pe))).to(where).eval() for pe in pair}
         for title, repeats, call in (
                 ("1,000 new tokens", 3, lambda model: model.generate(prompt, 1000, top_k=1)),
                 ("evaluation of a window of 16 L", 5, lambda model: score(model, text[:, :16 * L + 1], args.chunk, 1)),
                 ("evaluation of a window of 64 L", 3, lambda model: score(model, text, args.chunk, 1))):
             calls = {pe: partial(call, model) for pe, model in models.items()}
-            found[title] = report(title, in_turns(calls, min(repeats, args.repeats), device))
+            found[title] = print_times(title, in_turns(calls, min(repeats, args.repeats), where))
         found["cache in bytes after 1,000 tokens"] = held = {pe: cache_bytes(models[pe], 1000) for pe in pair}
         print("\ncache after 1,000 tokens: " + ", ".join(f"{pe} {size / 1e6:.2f} MB" for pe, size in held.items()))
     return results
 
 
-# --------------------------------------------------------------------------------------------------
-# Time to a loss
+# --- Time to a loss ---------------------------------------------------------------------------------------------------
 
 
 def competitor(text):
@@ -306,23 +318,23 @@ def competitor(text):
     return name, flags.parsed(int, at_least=1)(steps), flags.parsed(float, above=0)(rate[0]) if rate else None
 
 
-def make_runs(args, config, place, seed, out_dir):
+def make_runs(args, config, device, seed, out_dir):
     """-> {name: a train.Run for each competitor and, but for nanogpt, each --pe}."""
     meta, ids = open_dataset(args.dataset)
-    ids, runs = {name: token_tensor(part, place.device) for name, part in ids.items()}, {}
+    ids, runs = {name: token_tensor(part, device.torch_device) for name, part in ids.items()}, {}
     sizes = {**config, "vocab_size": meta["vocab_size"]}
-    settings = {knob.name: getattr(args, knob.name) for knob in fields(TrainConfig) if hasattr(args, knob.name)}
+    settings = {field.name: getattr(args, field.name) for field in fields(TrainConfig) if hasattr(args, field.name)}
     for name, steps, rate in args.compete:
         chosen = TrainConfig(**{**settings, "seed": seed, "max_iters": steps, "out_dir": out_dir, "learning_rate": rate,
                                 "optimizer": "adamw" if name == "nanogpt" else name})
         label = name + (f" {rate:g}" if rate else "") + f", {steps} steps"
         if name == "nanogpt":
-            dtype = args.dtype if place.device.type == "cuda" else "float32"  # as in its train.py
-            own_place = Place(DeviceConfig(args.device, dtype), training_width=args.n_embd)
-            runs[label] = nanogpt_run(sizes, chosen, meta, ids, own_place)
+            dtype = args.dtype if device.type == "cuda" else "float32"  # as in its train.py
+            own_device = Device(DeviceConfig(args.device, dtype), training_width=args.n_embd)
+            runs[label] = nanogpt_run(sizes, chosen, meta, ids, own_device)
             continue
         for pe in args.pe or ["hope"]:
-            runs[f"{pe} {label}"] = Run(GPTConfig(**sizes, **fields_of(pe)), chosen, meta, ids, place)
+            runs[f"{pe} {label}"] = Run(GPTConfig(**sizes, **fields_of(pe)), chosen, meta, ids, device)
     return runs
 
 
@@ -334,8 +346,8 @@ def race(runs, device, eval_interval):
     """
     for run in runs.values():  # compile, and allocate memory, before the clock runs
         x, y = training_batch(run.ids["train"], run.config.batch_size, run.model.config.block_size, 0, 0, device)
-        with run.place.autocast():
-            run.fast_model(x, y)[1].backward()
+        with run.device.autocast():
+            run.compiled_model(x, y)[1].backward()
         run.optimizer.zero_grad(set_to_none=True)
     clocks, curves = dict.fromkeys(runs, 0.0), {name: [] for name in runs}
     while unfinished := [name for name, run in runs.items() if run.iter < run.config.max_iters]:
@@ -365,12 +377,12 @@ def reached(curves):
     return {name: {**row, "ratio": row["seconds"] / first} for name, row in found.items()}
 
 
-def bench_time_to_loss(args, config, place):
+def bench_time_to_loss(args, config, device):
     """Each seed is a race of its own; the table shows medians over seeds."""
     races, results = [], []
     for seed in args.seed:
         with tempfile.TemporaryDirectory() as folder:  # a Run writes best.pt
-            races.append(race(make_runs(args, config, place, seed, folder), place.device, args.eval_interval))
+            races.append(race(make_runs(args, config, device, seed, folder), device.torch_device, args.eval_interval))
         results.append(reached(races[-1]))
         for name, row in results[-1].items():
             print(f"  seed {seed}  {name:32} {row['seconds']:8.1f} s   last loss {row['last loss']:.4f}", flush=True)
@@ -379,10 +391,10 @@ def bench_time_to_loss(args, config, place):
     medians = {name: {key: value if math.isfinite(value) else None for key, value in row.items()}
                for name, row in medians.items()}
     digits = {"last loss": 4, "loss by then": 4, "steps": 0, "tokens": 0, "seconds": 1, "ratio": 3}
-    print_table(f"time to the loss that {next(iter(medians))} ends with, medians over {len(args.seed)} seeds; loss by "
-                "then: in the time that this takes; -: not reached", list(digits),
-                {name: ["-" if row[key] is None else f"{row[key]:,.{n}f}" for key, n in digits.items()]
-                 for name, row in medians.items()})
+    rows = {name: ["-" if row[key] is None else f"{row[key]:,.{n}f}" for key, n in digits.items()]
+            for name, row in medians.items()}
+    report.print_table(f"time to the loss that {next(iter(medians))} ends with, medians over {len(args.seed)} seeds; "
+                       "loss by then: in the time that this takes; -: not reached", list(digits), rows)
     if args.plot:
         plot_races(races, args.plot)
     return {"medians": medians, "seeds": args.seed, "races": races}
@@ -390,21 +402,19 @@ def bench_time_to_loss(args, config, place):
 
 def plot_races(races, path):
     """Validation loss against minutes; one line per seed."""
-    pyplot = import_pyplot()
-    figure, panel = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+    figure, panel = report.import_pyplot().subplots(figsize=(9.5, 5.5), layout="constrained")
     for i, name in enumerate(races[0]):
         for race_, label in zip(races, (name, *[None] * len(races))):
-            panel.plot([point["seconds"] / 60 for point in race_[name]], [point["val_loss"] for point in race_[name]],
-                       color=f"C{i}", label=label, linewidth=1.5)
+            rows = [{**point, "minutes": point["seconds"] / 60} for point in race_[name]]
+            draw_line(panel, rows, "minutes", "val_loss", color=f"C{i}", label=label, linewidth=1.5)
     target = statistics.median(next(iter(curves.values()))[-1]["val_loss"] for curves in races)
     panel.axhline(target, color="gray", linestyle="--", linewidth=1)
     panel.set(xlabel="training time (minutes)", ylabel="validation loss (nats per token)")
     panel.legend()
-    save_picture(figure, path)
+    report.save_picture(figure, path)
 
 
-# --------------------------------------------------------------------------------------------------
-# Where the time of a step goes
+# --- Where the time of a step goes ------------------------------------------------------------------------------------
 
 # Part of a step -> words in the names of its operators; the first part that matches counts. Only Muon multiplies
 # stacks of matrices (bmm).
@@ -413,9 +423,9 @@ PARTS = {"attention": ("scaled_dot_product", "flash_attention"), "Muon": ("bmm",
          "loss": ("softmax", "nll_loss"), "rotation, sums, copies": ("mul", "add", "sub", "cat", "copy", "sum", "lerp")}
 
 
-def bench_profile(args, config, place):
+def bench_profile(args, config, device):
     """Share of each part in the CPU time of a training step, and the speed of its matrix products."""
-    step = step_maker(args, config, place)("hope")
+    step = step_maker(args, config, device)("hope")
     for _ in range(SETTLE):
         step()
     with torch.profiler.profile() as profiler:
@@ -427,14 +437,14 @@ def bench_profile(args, config, place):
         spent[(matching or list(spent)[-1:])[0]] += event.self_cpu_time_total / 1e6 / args.repeats  # seconds per step
     total, C = sum(spent.values()), args.n_embd
     flops = 6 * args.batch_size * args.block_size * (12 * args.n_layer * C * C + args.vocab_size * C)
-    x = torch.randn(1024, 1024, dtype=place.dtype, device=place.device)
-    fastest = 2 * 1024 ** 3 / min(seconds(lambda: x @ x, place.device) for _ in range(20))
-    print(f"\na training step of hope, {args.optimizer}, {place.dtype}: {1000 * total:.0f} ms of CPU time")
+    x = torch.randn(1024, 1024, dtype=device.dtype, device=device.torch_device)
+    fastest = 2 * 1024 ** 3 / min(seconds(lambda: x @ x, device.torch_device) for _ in range(20))
+    print(f"\na training step of hope, {args.optimizer}, {device.dtype}: {1000 * total:.0f} ms of CPU time")
     for part, time_spent in spent.items():
         print(f"  {part:32} {time_spent / total:6.1%}")
     reached = flops / spent["matrix products"]
     print(f"  matrix products: {reached / 1e9:.0f} GFLOP/s, {reached / fastest:.0%} of those of 1024 x 1024")
-    return {"optimizer": args.optimizer, "dtype": str(place.dtype).removeprefix("torch."), "seconds": total,
+    return {"optimizer": args.optimizer, "dtype": str(device.dtype).removeprefix("torch."), "seconds": total,
             "shares": {part: time_spent / total for part, time_spent in spent.items()},
             "flops_per_second": reached, "flops_per_second_1024": fastest}
 
@@ -457,7 +467,7 @@ def make_parser():
     add("--pe", nargs="+", metavar="PE", help="windows, compile, time_to_loss: encodings or arrangements of layers, as "
         "nope+rope:SSSL:32; default: HoPE, for windows with SSSL and L / 8")
     flags.add_flags(parser, TrainConfig, "compile")
-    add_output_flags(parser, "time_to_loss: loss against minutes")
+    report.add_output_flags(parser, "time_to_loss: loss against minutes")
     flags.add_flags(parser, DeviceConfig)
     group = parser.add_argument_group("time_to_loss; the optimizer's flags are for muon and adamw, not for nanogpt")
     group.add_argument("--compete", nargs="+", type=competitor, metavar="NAME:STEPS",
@@ -467,8 +477,8 @@ def make_parser():
     flags.add_flags(group, TrainConfig, "dataset", "eval_iters")
     flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
     flags.add_flags(group, TrainConfig, "eval_interval", default=10, help="steps between evaluations")
-    schedule = [knob.name for knob in fields(OptimizerConfig) if knob.name not in ("learning_rate", "lr_decay_iters")]
-    flags.add_flags(group, OptimizerConfig, *schedule)
+    names = {field.name for field in fields(OptimizerConfig)} - {"learning_rate", "lr_decay_iters"}
+    flags.add_flags(group, OptimizerConfig, *names)
     return parser
 
 
@@ -479,18 +489,18 @@ def main(argv=None):
             raise ValueError(f"there is no benchmark {name!r}: choose from {', '.join(BENCHMARKS)}")
     for pe in args.pe or ():
         fields_of(pe)  # raises ValueError
-    check_outputs(args)
+    report.check_outputs(args)
     config = {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
     GPTConfig(**config)  # raises ValueError if the sizes do not fit each other
-    place = Place(args, training_width=args.n_embd)
-    print(f"{place}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, T = {args.block_size}, "
+    device = Device(args, training_width=args.n_embd)
+    print(f"{device}, torch {torch.__version__}: {args.n_layer} layers, width {args.n_embd}, T = {args.block_size}, "
           f"batch {args.batch_size}")
-    result = {"device": str(place), "config": config, "batch_size": args.batch_size}
+    result = {"device": str(device), "config": config, "batch_size": args.batch_size}
     for name in args.what:
         torch.manual_seed(0)
-        result[name] = BENCHMARKS[name](args, config, place)
+        result[name] = BENCHMARKS[name](args, config, device)
     if args.json:
-        write_json(args.json, "-m experiments.bench", result)
+        report.write_json(args.json, "-m experiments.bench", result)
 
 
 if __name__ == "__main__":

@@ -47,14 +47,14 @@ class PlainGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def nanogpt_run(sizes, config, meta, ids, place):
+def nanogpt_run(sizes, config, meta, ids, device):
     """-> a train.Run with nanoGPT's network and optimizer. sizes: fields of GPTConfig; config: a TrainConfig."""
-    run = Run(GPTConfig(**sizes, pe="learned", bias=False), replace(config, **SETTINGS), meta, ids, place)
+    run = Run(GPTConfig(**sizes, pe="learned", bias=False), replace(config, **SETTINGS), meta, ids, device)
     torch.manual_seed(config.seed)
-    run.model = PlainGPT(run.model.config).to(place.device)
-    run.fast_model = torch.compile(run.model) if run.compiled else run.model
+    run.model = PlainGPT(run.model.config).to(device.torch_device)
+    run.compiled_model = torch.compile(run.model) if run.compiled else run.model
     matrices, vectors = ([p for p in run.model.parameters() if (p.dim() == 2) == kind] for kind in (True, False))
     groups = [{"params": matrices, "weight_decay": SETTINGS["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    run.optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], fused=place.device.type == "cuda",
+    run.optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], fused=device.type == "cuda",
                                       betas=(SETTINGS["beta1"], SETTINGS["beta2"]))
     return run

@@ -10,7 +10,7 @@ that looks at nothing but the last few tokens has a flat perplexity.
 A task is to copy letters or to look one up; experiments/tasks.py shows all of them. One model per encoding and seed
 learns copy and binding, or match (--hard), from sequences of even length up to L. Tests have odd lengths up to 16 L.
 
---pe names encodings or arrangements of layers (common/arrangements.py). A command that was killed continues where it
+--pe names encodings or arrangements of layers (experiments/groups.py). A command that was killed continues where it
 was if it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
@@ -32,13 +32,13 @@ import torch
 from torch.nn import functional as F
 
 from common import flags, report
-from common.arrangements import fields_of, name_of
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import DeviceConfig, Place
-from common.groups import members_by_group, run_settings
+from common.device import Device, DeviceConfig
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
+from experiments.curves import draw_line, legend_above, token_axis
+from experiments.groups import fields_of, mean_rows, members_by_group, name_of, run_settings
 from experiments.tasks import (
     EASY,
     EXACT_CHANCE,
@@ -61,12 +61,26 @@ def tasks_of(args):
     return HARD if args.hard else EASY
 
 
-# --------------------------------------------------------------------------------------------------
-# Training and testing
+def mean_over_seeds(runs, settings):
+    """Runs and the settings of each -> the mean of each group of runs that differ in their seed alone, with standard
+    errors over seeds. Several checkpoints of one run are no seeds: the runs then stay as they are.
+    """
+    members, means = members_by_group(runs, settings), []
+    for name, group in members:
+        same, seeds = [run for run, _ in group], [its["seed"] for _, its in group]
+        if len(set(seeds)) < len(seeds):
+            return runs
+        means.append({"name": name if len(members) < len(runs) else same[0]["name"], "pe": same[0]["pe"],
+                      "seeds": seeds, **{key: mean_rows([run[key] for run in same])
+                                         for key in ("tasks", "distances", "needles") if key in same[0]}})
+    return means
+
+
+# --- Training and testing ---------------------------------------------------------------------------------------------
 
 
 def optimizer_config(args):
-    config = OptimizerConfig(**{knob.name: getattr(args, knob.name) for knob in fields(OptimizerConfig)})
+    config = OptimizerConfig(**{field.name: getattr(args, field.name) for field in fields(OptimizerConfig)})
     config.lr_decay_iters = config.lr_decay_iters or args.max_iters
     return config
 
@@ -174,30 +188,7 @@ def train_and_test_all(args, device):
     return [done[key] for key in jobs]
 
 
-def mean_over_seeds(runs):
-    """Runs -> one for each network: the mean over its seeds, with standard errors over seeds. A single one stays."""
-    means = []
-    for name in dict.fromkeys(run["name"] for run in runs):
-        group = [run for run in runs if run["name"] == name]
-        tasks = {task: [mean_bucket(buckets) for buckets in zip(*(run["tasks"][task] for run in group))]
-                 for task in group[0]["tasks"]}
-        means.append({"name": name, "pe": group[0]["pe"], "seeds": [run["seed"] for run in group], "tasks": tasks})
-    return means
-
-
-def mean_bucket(buckets):
-    """The same bucket of several runs -> its mean, or None if the encoding is undefined there."""
-    if len(buckets) == 1 or buckets[0] is None:
-        return buckets[0]
-    mean = dict(buckets[0])
-    for key in buckets[0]:
-        if f"{key}_stderr" in mean:
-            mean[key], mean[f"{key}_stderr"] = report.mean_and_stderr([bucket[key] for bucket in buckets])
-    return mean
-
-
-# --------------------------------------------------------------------------------------------------
-# Language models
+# --- Language models --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -232,51 +223,46 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
     return bucket
 
 
-def mean_over_seeds_in_text(runs, checkpoints):
-    """Runs and their checkpoints -> one for each group of runs that differ in their seed alone, as mean_over_seeds."""
-    members = members_by_group(runs, [run_settings(checkpoint["args"], checkpoint["config"])
-                                      for checkpoint in checkpoints])
-    if len(members) == len(runs) or any(len({its["seed"] for _, its in group}) < len(group)
-                                        for _, group in members):  # checkpoints of one run are no seeds
-        return runs
-    return [{**group[0][0], "name": name, "seeds": [its["seed"] for _, its in group],
-             **{what: [mean_bucket(buckets) for buckets in zip(*(run[what] for run, _ in group))]
-                for what in ("distances", "needles")}} for name, group in members]
-
-
-def test_language_models(args, place):
-    """-> the result, as the JSON holds it."""
-    checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
+def passages_to_repeat(args, checkpoints, names, device):
+    """-> windows (N, T), passages (N, P), needles (N, P), distances between their two readings, the text's sha256."""
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text, args.meta)
     L = min(checkpoint["config"]["block_size"] for checkpoint in checkpoints)
     passage = L // 4
     if passage < 2:
         raise ValueError(f"block_size {L} is too short: a passage is a quarter of it and needs 2 tokens or more")
     distances = [passage, 2 * passage, 3 * passage, *bucket_edges(L, args.max_factor)[1:-1]]
-    windows = document_windows(ids, tokenizer.end_of_document, distances[-1] + passage, args.windows).to(place.device)
+    windows = document_windows(ids, tokenizer.end_of_document, distances[-1] + passage, args.windows).to(device)
     if len(windows) < 2:
         raise ValueError("the text has room for one window only, and two are needed: use a longer one or a lower "
                          "--max_factor")
-    print(f"{len(windows)} passages of {passage} tokens of {source} (sha256 {text_sha256[:16]}), repeated, on {place}; "
-          f"L = {L} tokens")
+    print(f"{len(windows)} passages of {passage} tokens of {source} (sha256 {text_sha256[:16]}), repeated; L = {L} "
+          "tokens")
     passages = windows[:, :passage]
-    shuffled = torch.rand(passages.shape, generator=generator_for(L)).argsort(dim=1).to(place.device)
-    needles, runs = pick(passages, shuffled), []
+    shuffled = torch.rand(passages.shape, generator=generator_for(L)).argsort(dim=1).to(device)
+    return windows, passages, pick(passages, shuffled), distances, text_sha256
+
+
+def test_language_models(args, device):
+    """-> the result, as the JSON holds it."""
+    checkpoints, names, runs = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs), []
+    windows, passages, needles, distances, text_sha256 = passages_to_repeat(args, checkpoints, names,
+                                                                            device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
-        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(place.device)
-        with place.autocast():
+        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
-                     "needles": [copy_in_text(model, windows, needles, distance, passage // 2)
+                     "needles": [copy_in_text(model, windows, needles, distance, passages.size(1) // 2)
                                  for distance in distances]}
         runs.append({"name": name, "pe": checkpoint["config"]["pe"], "block_size": checkpoint["config"]["block_size"],
                      "iter": checkpoint["iter"], **found})
     chance = windows.flatten().bincount().max().item() / windows.numel()
+    means = mean_over_seeds(runs, [run_settings(checkpoint["args"], checkpoint["config"])
+                                   for checkpoint in checkpoints])
     return {"dataset_sha256": text_sha256, "most_frequent_token": chance, "distances": distances, "runs": runs,
-            "means": mean_over_seeds_in_text(runs, checkpoints)}
+            "means": means}
 
 
-# --------------------------------------------------------------------------------------------------
-# Report: a bucket is None if the encoding is undefined there
+# --- Report: a bucket is None if the encoding is undefined there ------------------------------------------------------
 
 
 def cells(buckets, key):
@@ -312,16 +298,13 @@ def print_tasks(runs, means, edges, suite):
 def print_text(runs, distances, chance):
     """Tables of runs, or of means over seeds."""
     columns = [f"{distance:,}" for distance in distances]
-    for key, title in (("second_accuracy", f"accuracy on the second reading, by distance from the first in tokens; "
-                                           f"most frequent token {chance:.3f}"),
-                       ("unseen_accuracy", "accuracy on the same tokens at the same position, read for the first time"),
-                       ("gain", "loss in nats per token saved by the first reading"),
-                       ("second_loss", "loss on the second reading"), ("first_loss", "loss on the first reading")):
-        report.print_table(title, columns, {run["name"]: cells(run["distances"], key) for run in runs})
-    for key, title in (("second_accuracy", "needles: accuracy on the second half, read for the second time"),
-                       ("unseen_accuracy", "needles: the same, read for the first time"),
-                       ("gain", "needles: loss in nats per token saved by the first reading")):
-        report.print_table(title, columns, {run["name"]: cells(run["needles"], key) for run in runs})
+    for what, words in (("distances", "passage"), ("needles", "second half of a needle")):
+        for key, title in (("second_accuracy", "accuracy on the second reading, by distance from the first in tokens; "
+                                               f"most frequent token {chance:.3f}"),
+                           ("unseen_accuracy", "accuracy on the same tokens at the same position, read for the first "
+                                               "time"),
+                           ("gain", "loss in nats per token saved by the first reading")):
+            report.print_table(f"{words}: {title}", columns, {run["name"]: cells(run[what], key) for run in runs})
     print("±: standard error over seeds; for a run with one seed, over passages")
     if any(None in run["distances"] for run in runs):
         print("-: the encoding is undefined at these distances")
@@ -330,16 +313,10 @@ def print_text(runs, distances, chance):
 def plot_lines(panel, runs, rows, x, y, guesses, L):
     """One line per run over its row of buckets, with a band of one standard error. x, y: keys of a bucket."""
     for run, style, buckets in zip(runs, report.styles(runs), rows):
-        at, mean, stderr = torch.tensor([[bucket[key] or 0.0 for key in (x, y, f"{y}_stderr")]
-                                         for bucket in buckets if bucket]).T
-        panel.plot(at, mean, label=run["name"], **style)
-        panel.fill_between(at, mean - stderr, mean + stderr, color=style["color"], alpha=0.15, linewidth=0)
+        draw_line(panel, buckets, x, y, f"{y}_stderr", label=run["name"], **style)
     for guess in guesses:
         panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
-    panel.axvline(L, color="gray", linestyle=":")
-    panel.set_xscale("log", base=2)
-    ticks = sorted({bucket[x] for buckets in rows for bucket in buckets if bucket})
-    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+    token_axis(panel, L, sorted({bucket[x] for buckets in rows for bucket in buckets if bucket}))
 
 
 def plot_tasks(runs, suite, path):
@@ -355,23 +332,22 @@ def plot_tasks(runs, suite, path):
         plot_lines(panel, runs, rows, "end", key, guesses, rows[0][0]["end"])
         panel.set(title=title, ylim=(-0.03, 1.03), ylabel="share of answers")
     figure.supxlabel("length of the sequence, at most (tokens); dotted: L, dashed: guessing", fontsize="medium")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    legend_above(figure, axes[0, 0], columns=5)
     report.save_picture(figure, path)
 
 
-def plot_text(runs, chance, path):
+def plot_text(runs, chance, L, path):
     figure, axes = report.import_pyplot().subplots(2, 2, figsize=(9.5, 8.5), layout="constrained", sharey="row")
     for column, (what, title) in zip(axes.T, (("distances", "a passage"), ("needles", "a needle: shuffled tokens"))):
         rows = [run[what] for run in runs]
         for panel, key, guess, unit in ((column[0], "second_accuracy", chance, "accuracy on the second reading"),
                                         (column[1], "gain", 0, "nats per token saved by the first reading")):
-            plot_lines(panel, runs, rows, "distance", key, [guess], runs[0]["block_size"])
+            plot_lines(panel, runs, rows, "distance", key, [guess], L)
             panel.set(title=title, ylabel=unit)
     figure.supxlabel("distance between the readings (tokens); dotted: L, dashed: guessing", fontsize="medium")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
+    legend_above(figure, axes[0, 0], columns=5)
     report.save_picture(figure, path)
 
-# --------------------------------------------------------------------------------------------------
 
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "prope_fraction", "hope_cutoff", "window_pattern",
            "window", "local_pe", "local_rope_base")
@@ -414,13 +390,13 @@ def make_parser():
 def main(argv=None):
     args = make_parser().parse_args(argv)
     report.check_outputs(args)
-    place = Place(args)
+    device = Device(args)
     if args.runs:
-        result = test_language_models(args, place)
+        result = test_language_models(args, device)
         print_text(result["means"], result["distances"], result["most_frequent_token"])
     else:
-        runs = train_and_test_all(args, place.device)
-        means = mean_over_seeds(runs)
+        runs = train_and_test_all(args, device.torch_device)
+        means = mean_over_seeds(runs, [run["config"] | {"seed": run["seed"]} for run in runs])
         suite = tasks_of(args)
         print_tasks(runs, means, bucket_edges(args.block_size, args.max_factor), suite)
         guesses = {name: chance for name, (_, chance) in suite.tested.items()}
@@ -429,11 +405,11 @@ def main(argv=None):
                   "chance_exact_without_order": EXACT_CHANCE if "copy" in suite.tested else None,
                   "runs": runs, "means": means}
     if args.json:
-        result = {"seed": args.seed, "device": str(place), **result}
+        result = {"seed": args.seed, "device": str(device), **result}
         report.write_json(args.json, "-m experiments.recall", result, digits=4)
         Path(f"{args.json}.partial").unlink(missing_ok=True)
     if args.plot and args.runs:
-        plot_text(result["means"], result["most_frequent_token"], args.plot)
+        plot_text(result["means"], result["most_frequent_token"], result["runs"][0]["block_size"], args.plot)
     elif args.plot:
         plot_tasks(result["means"], suite, args.plot)
 

@@ -4,10 +4,11 @@ Train a model for each combination of flags, score all of them, and average over
     python -m experiments.sweep @config/cpu_demo --pe rope hope alibi --hope_cutoff 1 2 --seed 1 2 3 --out_dir out/sweep
 
 Every flag of train.py can have several values. A flag without effect, as --hope_cutoff with rope, does not multiply the
-runs. --pe also takes arrangements of layers such as nope+rope:SSSL:16 (common/arrangements.py).
+runs. --pe also takes arrangements of layers such as nope+rope:SSSL:16 (experiments/groups.py).
 
 Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or killed, give the
-same command again: finished runs are kept and the others continue. More values, or more seeds, only add runs.
+same command again: finished runs are kept and the others continue. A run's folder is named by its layers, its seed and
+the flags that are not in the @config file. So more values, more seeds or another sweep only add runs to OUT_DIR.
 
 Runs that differ in their seed alone form a group. Tables, sweep.json, sweep.csv and sweep.png in OUT_DIR have one line
 per group: means and standard deviations over seeds, and differences from the first group, paired by seed, with their
@@ -32,23 +33,25 @@ from tqdm import tqdm
 import eval_extrapolation
 import train
 from common import flags, report
-from common.arrangements import fields_of
-from common.checkpoint import load_checkpoint, load_model, lock
-from common.device import Place, stop_signals
-from common.groups import (
+from common.checkpoint import load_checkpoint, lock
+from common.device import Device, stop_signals
+from experiments import recall
+from experiments.groups import (
     IN_THE_NAME,
     NO_SETTING,
+    fields_of,
     group_by_seed,
     group_key,
     group_names,
+    name_of,
+    network_of,
     print_groups,
+    with_flag,
     without_effect,
     write_csv,
 )
-from experiments import recall
 
-# --------------------------------------------------------------------------------------------------
-# Which runs there are
+# --- Which runs there are ---------------------------------------------------------------------------------------------
 
 
 def given_flags(argv):
@@ -76,10 +79,11 @@ def settings_of(network, config):
     return {name: value for name, value in {**asdict(network), **asdict(config)}.items() if name not in NO_SETTING}
 
 
-def combinations(given, out_dir):
-    """Flags with several values -> [(argv, settings)], one for each run: flags of train.py, and what they mean.
+def combinations(given, out_dir, config=()):
+    """Flags with several values -> [(argv, settings, name)], one for each run: flags of train.py, and what they mean.
 
-    Raises ValueError, or exits as train.py does, if train.py would refuse one of them.
+    The name says the layers and the flags that are not in config, those of an @config file. Raises ValueError, or exits
+    as train.py does, if train.py would refuse a run.
     """
     found = {}
     for values in itertools.product(*(values or [None] for values in given.values())):
@@ -89,14 +93,18 @@ def combinations(given, out_dir):
             chosen = {name: value for name, value in chosen.items() if name not in IN_THE_NAME}
         chosen |= {name: str(value) for name, value in arrangement.items() if value is not None}
         settings = settings_of(*train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])[:2])
-        argv = as_argv({name: value for name, value in chosen.items() if name not in without_effect(settings)})
-        settings = settings_of(*train.parse([*argv, "--out_dir", str(out_dir)])[:2])
-        found.setdefault(json.dumps(settings), (argv, settings))
+        chosen = {name: value for name, value in chosen.items() if name not in without_effect(settings)}
+        settings = settings_of(*train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])[:2])
+        name = name_of(network_of(settings))
+        for flag, value in chosen.items():
+            new = flag not in config or (config[flag] or [None]) != [value]
+            if new and flag in settings and flag not in (*IN_THE_NAME, "seed"):
+                name = with_flag(name, flag, settings[flag])
+        found.setdefault(json.dumps(settings), (as_argv(chosen), settings, name))
     return list(found.values())
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
+# --- Training ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -105,7 +113,7 @@ class Job:
 
     argv: list
     settings: dict
-    group: str  # the name of its group
+    group: str  # the name of its group, by what differs within the sweep
     folder: Path
     process: subprocess.Popen | None = None
     steps: int = 0  # done
@@ -137,14 +145,17 @@ class Job:
                 [*command, *["--resume"] * resume], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"})
 
+    def last_logged(self):
+        """The last line of the log, {} if there is none yet or if it is being written."""
+        try:
+            return json.loads((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        except (OSError, ValueError, IndexError):
+            return {}
+
     def follow(self):
         """Read the steps done from the log -> whether the process has ended. Raises ValueError if it was refused."""
         ended = self.process.poll() is not None
-        try:
-            last = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-            self.steps = max(self.steps, json.loads(last)["iter"])
-        except (OSError, ValueError, IndexError):  # there is none yet, or it is being written
-            pass
+        self.steps = max(self.steps, self.last_logged().get("iter", 0))
         if ended and self.process.returncode:
             lines = (self.folder / "train.txt").read_text(encoding="utf-8", errors="replace").splitlines()
             self.failure = lines[-1] if self.process.returncode > 0 else f"killed by signal {-self.process.returncode}"
@@ -153,26 +164,29 @@ class Job:
         return ended
 
 
-def make_jobs(given, out_dir):
-    """Flags with several values -> their Jobs. A run that out_dir holds already is found by its settings.
+def make_jobs(given, out_dir, config=()):
+    """Flags with several values, and those of an @config file -> the Jobs. A run that out_dir holds already is found by
+    its settings, whatever its folder is called.
 
     Raises ValueError if a folder holds another run.
     """
-    runs = combinations(given, out_dir)
-    groups = {group_key(settings): settings for _, settings in runs}
+    runs = combinations(given, out_dir, config)
+    groups = {group_key(settings): settings for _, settings, _ in runs}
     names = dict(zip(groups, group_names(groups.values())))
     there, jobs = {}, []  # settings, as text -> folder, steps done
     for path in sorted(out_dir.glob("*/ckpt.pt")):
         checkpoint = load_checkpoint(path)
         settings = {name: value for name, value in checkpoint["args"].items() if name not in NO_SETTING}
         there[json.dumps(settings, sort_keys=True)] = path.parent, checkpoint["iter"]
-    for argv, settings in runs:
+    taken = {folder for folder, _ in there.values()}
+    for argv, settings, name in runs:
         job, key = Job(argv, settings, names[group_key(settings)], None), json.dumps(settings, sort_keys=True)
-        job.folder = out_dir / re.sub(r"[^\w.=+-]+", "-", str(job).replace(",", ""))
+        job.folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {settings['seed']}")
         if key in there:
             job.folder, job.steps = there[key]
-        elif job.folder in [folder for folder, _ in there.values()]:
+        elif job.folder in taken:
             raise ValueError(f"{job.folder} holds a run with other flags: choose another --out_dir")
+        taken.add(job.folder)
         jobs.append(job)
     return jobs
 
@@ -180,8 +194,8 @@ def make_jobs(given, out_dir):
 def train_all(jobs, at_a_time):
     """Train what is not finished -> the number of the signal that stopped it, or None."""
     waiting, running = [job for job in jobs if not job.is_finished()], []
-    n_groups = len({job.group for job in jobs})
-    print(f"{len(jobs)} runs in {n_groups} groups, {len(jobs) - len(waiting)} of them finished; {at_a_time} at a time")
+    print(f"runs: {len(jobs)}, groups: {len({job.group for job in jobs})}, finished: {len(jobs) - len(waiting)}, at a "
+          f"time: {at_a_time}")
     with stop_signals() as signals, tqdm(total=sum(job.settings["max_iters"] for job in jobs), unit="step", smoothing=0,
                                          initial=sum(job.steps for job in jobs), dynamic_ncols=True) as bar:
         try:
@@ -210,45 +224,37 @@ def train_all(jobs, at_a_time):
     return signals[0] if signals else None
 
 
-# --------------------------------------------------------------------------------------------------
-# Scoring
+# --- Scoring ----------------------------------------------------------------------------------------------------------
 
 
 def score(jobs, args, given):
-    """-> the runs as the JSON of eval_extrapolation.py holds them, with "args", "parameters", "val_loss", "minutes"."""
-    folders, device = [str(job.folder) for job in jobs], ["--device", *given["device"]] if "device" in given else []
-    checkpoints = [load_checkpoint(folder) for folder in folders]
+    """-> the runs as the JSON of eval_extrapolation.py holds them."""
+    folders, on = [str(job.folder) for job in jobs], ["--device", *given["device"]] if "device" in given else []
+    checkpoints, names = [load_checkpoint(folder) for folder in folders], [str(job) for job in jobs]
     options = eval_extrapolation.make_parser().parse_args(
-        [*folders, *device, "--max_factor", str(args.max_factor), "--windows", str(args.windows)])
-    place, names = Place(options), [str(job) for job in jobs]
+        [*folders, *on, "--max_factor", str(args.max_factor), "--windows", str(args.windows)])
+    device = Device(options)
     *text, text_sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
-    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, place)
-    for run, job, checkpoint in zip(runs, jobs, checkpoints):
-        last = load_checkpoint(job.folder / "ckpt.pt")
-        run |= {"dataset_sha256": text_sha256, "args": job.settings, "val_loss": last["best_val_loss"],
-                "parameters": sum(weight.numel() for weight in load_model(checkpoint).parameters()),
-                "minutes": last["seconds"] / 60}
+    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
+    for run, job in zip(runs, jobs):  # best.pt is scored, and the log has the time of the whole run
+        run |= {"dataset_sha256": text_sha256, "minutes": job.last_logged().get("seconds", 60 * run["minutes"]) / 60}
     if args.recall:
-        options = recall.make_parser().parse_args([*folders, *device, "--max_factor", str(args.max_factor)])
-        for run, found in zip(runs, recall.test_language_models(options, place)["runs"]):
+        options = recall.make_parser().parse_args([*folders, *on, "--max_factor", str(args.max_factor)])
+        for run, found in zip(runs, recall.test_language_models(options, device)["runs"]):
             run["recall"] = found["distances"]
     return runs
 
 
-def show(runs, args):
+def show(runs, args, **origin):
     """Print the tables; write the files that args names."""
     groups = group_by_seed(runs)
-    print_groups(groups)
+    print_groups(groups, args.all_tables)
     if args.json:
-        report.write_json(args.json, "-m experiments.sweep", {"groups": groups, "runs": runs})
+        report.write_json(args.json, "-m experiments.sweep", {**origin, "groups": groups, "runs": runs})
     if args.csv:
         write_csv(groups, args.csv)
-    if args.plot:  # the band around a line: one standard deviation over seeds
-        eval_extrapolation.plot([{**group, "buckets": [{**bucket, "stderr": bucket["nll_std"]}
-                                                       for bucket in group["buckets"]]} for group in groups], args.plot)
-
-
-# --------------------------------------------------------------------------------------------------
+    if args.plot:
+        eval_extrapolation.plot(groups, args.plot)
 
 
 def make_parser():
@@ -266,6 +272,8 @@ def make_parser():
     add("--windows", type=count, default=32, help="windows to average over")
     add("--recall", action="store_true", help="also measure whether the models use a passage that they have read "
         "before (experiments.recall OUT_DIR)")
+    add("--all_tables", action="store_true", help="also print the perplexity with the last L tokens alone and "
+        "the differences from the first group; the files hold them in any case")
     add("--csv", metavar="FILE", help="write the groups to this file; default: OUT_DIR/sweep.csv")
     report.add_output_flags(parser, "perplexity by position")
     return parser
@@ -295,19 +303,28 @@ def checked_flags(rest):
     return given
 
 
+def average(args, rest):
+    """--json_in: the runs in JSON files, as groups."""
+    if rest:
+        raise ValueError(f"--json_in trains nothing: leave out {rest[0]}")
+    report.check_outputs(args)
+    if args.csv:
+        report.check_output(args.csv)
+    runs = read_runs(args.json_in)
+    show(runs, args, json_in_made_by=[json.loads(Path(path).read_text(encoding="utf-8")).get("command")
+                                      for path in args.json_in])
+
+
 def main(argv=None):
     parser = make_parser()
-    args, rest = parser.parse_known_args([flags.located(word) for word in (sys.argv[1:] if argv is None else argv)])
+    words = [flags.located(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args, rest = parser.parse_known_args(words)
     if args.json_in:
-        if rest:
-            raise ValueError(f"--json_in trains nothing: leave out {rest[0]}")
-        report.check_outputs(args)
-        if args.csv:
-            report.check_output(args.csv)
-        show(read_runs(args.json_in), args)
+        average(args, rest)
         return
     given, out_dir = checked_flags(rest), Path(args.out_dir)
-    jobs = make_jobs(given, out_dir)
+    config = given_flags(parser.parse_known_args([word for word in words if word.startswith("@")])[1])
+    jobs = make_jobs(given, out_dir, config)
     out_dir.mkdir(parents=True, exist_ok=True)
     args.json, args.csv = args.json or str(out_dir / "sweep.json"), args.csv or str(out_dir / "sweep.csv")
     if importlib.util.find_spec("matplotlib"):

@@ -142,8 +142,7 @@ def mean_over(options, probability):
     return sum(map(probability, options)) / len(options)
 
 
-# --------------------------------------------------------------------------------------------------
-# What a model learns and how it is tested
+# --- What a model learns and how it is tested -------------------------------------------------------------------------
 
 
 @dataclass

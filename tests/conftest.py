@@ -1,14 +1,47 @@
-"""Shared by the tests: a tiny text, a data set made of it, and a way to call the scripts as the command line does."""
+"""Shared by the tests: a tiny text, runs and models, and ways to call, watch and interrupt the scripts.
+
+Tests run on the CPU with one thread, whatever the machine has. NANOHOPE_TEST_DEVICE=cuda (or mps, ...) leaves its GPU
+visible, and runs the few tests that need one.
+"""
+import base64
+import errno
+import json
+import multiprocessing
+import os
 import random
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
+import torch
 
 import data.prepare
 import train
 from common import flags
+from common.checkpoint import load_checkpoint
+from data.tokenizer import BPETokenizer, CharTokenizer
+from model import GPT, GPTConfig
 
+PROJECT = Path(train.__file__).resolve().parent
 TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--batch_size", "4",
               "--warmup_iters", "2", "--eval_interval", "5", "--eval_iters", "2", "--device", "cpu"]
+
+torch.set_num_threads(1)  # the bits of a sum depend on their number
+if "NANOHOPE_TEST_DEVICE" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when a GPU is first asked for
+    torch.accelerator.current_accelerator = lambda check_available=False: None
+
+# Children start as copies of a process that has imported all this already: seconds saved at each of them.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.conftest", "torch._dynamo"])  # AdamW imports the latter when first used
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+# --- data and runs
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +57,92 @@ def dataset(tmp_path_factory):
     return str(data.prepare.prepare(str(folder), "char", folder.parent / "tiny_char"))
 
 
+def run(dataset, out_dir, *flags):
+    """Train a tiny model -> its ckpt.pt."""
+    train.main([*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(out_dir), *flags])
+    return load_checkpoint(Path(out_dir) / "ckpt.pt")
+
+
+def resumed(out_dir, *flags):
+    """Continue a run -> its ckpt.pt."""
+    train.main(["--resume", "--out_dir", str(out_dir), *flags])
+    return load_checkpoint(Path(out_dir) / "ckpt.pt")
+
+
+def continued(start, dataset, out_dir, *flags):
+    """Train five steps from the weights of another run, whose checkpoint gives the flags of the network -> ckpt.pt."""
+    run_flags = TINY_FLAGS[TINY_FLAGS.index("--batch_size"):]
+    train.main([*run_flags, "--dataset", dataset, "--out_dir", str(out_dir), "--init_from", str(start), "--max_iters",
+                "5", *flags])
+    return load_checkpoint(Path(out_dir) / "ckpt.pt")
+
+
+def log(out_dir):
+    return [json.loads(line) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def log_without_seconds(out_dir):
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in log(out_dir)]
+
+
+def assert_same_weights(a, b):
+    assert a["model"].keys() == b["model"].keys()
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
 @pytest.fixture(scope="session")
 def finished_run(dataset, tmp_path_factory):
     """The folder of a HoPE run of ten steps."""
     out_dir = str(tmp_path_factory.mktemp("out") / "hope")
-    train.main([*TINY_FLAGS, "--dataset", dataset, "--out_dir", out_dir, "--max_iters", "10"])
+    run(dataset, out_dir, "--max_iters", "10")
     return out_dir
+
+
+# --- models
+
+
+def tiny(pe, **changes):
+    """A small untrained model in evaluation mode, its weights large enough for attention to be far from uniform."""
+    torch.manual_seed(0)
+    config = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, pe=pe)
+    model = GPT(GPTConfig(**{**config, **changes})).eval()
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.attn.c_attn.weight.mul_(10)
+        for encoding in dict.fromkeys(model.encodings.values()):
+            for parameter in encoding.parameters():
+                parameter.add_(torch.rand_like(parameter))  # what an encoding learns, away from where it starts
+    return model
+
+
+def all_logits(model, idx):
+    """Token ids (B, T) -> logits of all positions (B, T, V)."""
+    return model(idx, targets=idx)[0]
+
+
+def constant_checkpoint(probabilities, block_size=8, tokenizer=None):
+    """A checkpoint whose model predicts the same probabilities for the characters a, b, ... everywhere.
+
+    The last norm gives (1, 0, 0, 0) whatever it reads, and the first column of the embedding is ln p.
+    """
+    logits = torch.tensor(probabilities).log()  # (V,)
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=4, pe="nope"))
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = logits
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(torch.eye(4)[0])
+    tokenizer = tokenizer or CharTokenizer("ab")
+    assert tokenizer.vocab_size == len(logits)
+    return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer.to_dict(), "iter": 5,
+            "args": {"seed": 1}, "dataset": {"path": "none", "sha256": "0"}}
+
+
+def byte_tokenizer():
+    """A tokenizer of the 256 bytes, so that a Japanese character is three tokens."""
+    return BPETokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+
+
+# --- ways to call, watch and interrupt
 
 
 @pytest.fixture
@@ -42,3 +155,29 @@ def fails(monkeypatch, capsys):
             flags.run(script.main)
         return stopped.value.code, capsys.readouterr().err.splitlines()
     return call
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """A list of the checkpoints that train.py writes: (name of the file, step, validation loss if it holds one)."""
+    save, files = train.save_checkpoint, []
+
+    def watched(path, checkpoint):
+        files.append((path.name, checkpoint["iter"], checkpoint.get("val_loss")))
+        save(path, checkpoint)
+
+    monkeypatch.setattr(train, "save_checkpoint", watched)
+    return files
+
+
+@pytest.fixture
+def at_batch(monkeypatch):
+    """at_batch(index, act): act() is called when the training draws that batch, in the middle of a step."""
+    def at(index, act):
+        draw = train.training_batch
+        monkeypatch.setattr(train, "training_batch", lambda *args: (args[4] == index and act(), draw(*args))[1])
+    return at
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")

