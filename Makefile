@@ -3,13 +3,14 @@
 # make soak      the tests that take minutes
 # make lint      the linter
 # make mutants   put 100 faults into the code, one at a time: which share do the tests notice? (SAMPLE=100 SEED=1)
+# make look      open the pages in a browser: screenshots, and errors of their scripts
 # All of them work in their own virtual environment, which the first call makes.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test soak lint mutants
+.PHONY: demo test soak lint mutants look
 # the packages are installed anew whenever one of these files is newer than the last install
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,3 +46,8 @@ SEED ?= 1
 mutants: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet cosmic-ray -c constraints.txt
 	$(RUN) tests/mutants.py $(SAMPLE) $(SEED)
+
+# in a browser: needs an installed Chromium (Debian: apt install chromium); screenshots go to out/look
+look: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet playwright -c constraints.txt
+	$(RUN) tools/look.py

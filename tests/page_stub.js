@@ -97,9 +97,12 @@ class Element extends Node {
     if (where != "beforeend") throw Error("page_stub.py inserts at beforeend only");
     parse(html, this);
   }
-  matches(selector) { return selector.split(",").some(part => matchesPath(this, part.trim().split(/\s+/))); }
+  matches(selector) { return paths(selector).some(path => matchesPath(this, path)); }
   closest(selector) { return this.matches(selector) ? this : this.parentNode?.closest?.(selector) ?? null; }
-  querySelectorAll(selector) { return descendants(this).filter(node => node.matches(selector)); }
+  querySelectorAll(selector) {
+    const wanted = paths(selector);
+    return descendants(this).filter(node => wanted.some(path => matchesPath(node, path)));
+  }
   querySelector(selector) { return this.querySelectorAll(selector)[0] ?? null; }
   getElementsByTagName(tag) { return this.querySelectorAll(tag); }
   click() { stub.click(this); }
@@ -146,7 +149,17 @@ for (const name of ["hidden", "disabled", "open", "selected"]) Object.defineProp
   get() { return this.hasAttribute(name); },
   set(on) { this.toggleAttribute(name, Boolean(on)); }});
 
-const descendants = node => node.children.flatMap(child => [child, ...descendants(child)]);
+function descendants(node, found = []) {
+  for (const child of node.childNodes) if (child instanceof Element) { found.push(child); descendants(child, found); }
+  return found;
+}
+function withId(node, id) {
+  for (const child of node.childNodes) if (child instanceof Element) {
+    const found = child.attributes.id === id ? child : withId(child, id);
+    if (found) return found;
+  }
+  return null;
+}
 const compounds = {};
 function compound(selector) {  // "a.b#c[d=e]:checked" -> a list of tests
   if (compounds[selector]) return compounds[selector];
@@ -162,6 +175,11 @@ function compound(selector) {  // "a.b#c[d=e]:checked" -> a list of tests
   });
   if (rest || !tests.length) throw Error("page_stub.js cannot read the selector " + selector);
   return compounds[selector] = tests;
+}
+function paths(selector) {  // "main a, b" -> [["main", "a"], ["b"]]
+  const found = selector.split(",").map(part => part.trim().split(/\s+/));
+  found.flat().forEach(compound);  // throws if it cannot read it
+  return found;
 }
 function matchesPath(element, path) {  // the last part is the element's, the others are ancestors'
   if (!compound(path[path.length - 1]).every(test => test(element))) return false;
@@ -204,7 +222,7 @@ Object.assign(window, {listeners: {}, parentNode: null, addEventListener: Node.p
   removeEventListener() {}, dispatchEvent: Node.prototype.dispatchEvent, innerWidth: 1000, innerHeight: 800, scrollY: 0,
   devicePixelRatio: 1, scrollTo() {}, scrollBy() {}});
 document.parentNode = window;
-document.getElementById = id => descendants(document).find(element => element.id === id) ?? null;
+document.getElementById = id => withId(document, id);
 document.createElement = tag => new Element(tag);
 document.createTextNode = text => new Text(text);
 document.createElementNS = (_, tag) => new Element(tag);

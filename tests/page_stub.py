@@ -80,7 +80,7 @@ class Page:
         self.js.eval(DOCUMENT)
         self.js.eval(f"stub.open({json.dumps(html)}, {json.dumps(hash)}, {width})")
         self.js.eval(code)
-        self.js.eval("stub.settle(20)")
+        self.js.eval("stub.settle(5)")
 
     def run(self, code):
         """Evaluate JavaScript. -> its value, with lists and dicts for arrays and objects; None for undefined."""
@@ -88,8 +88,8 @@ class Page:
         return json.loads(value.json()) if isinstance(value, quickjs.Object) else value
 
     def act(self, call):
-        """Run one of the stand-in's actions, then what is scheduled, 20 rounds at most: animations never end."""
-        self.js.eval(f"{call}; stub.settle(20)")
+        """Run one of the stand-in's actions, then what is scheduled, 5 rounds at most: animations never end."""
+        self.js.eval(f"{call}; stub.settle(5)")
 
     def input(self, target, value):
         """Give a slider, field or list a value as a user would: limits apply, and its events follow."""
