@@ -20,7 +20,7 @@ from playwright.sync_api import Error, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1280, 900), (390, 844)
-PICTURES = {"docs/index.html": ("docs/idea_page.png", "#pe=hope&L=128&D=16&base=10000&m=300")}  # README's: file, state
+PICTURES = {"docs/index.html": ("docs/idea_page.png", (1000, 800), "#m=300")}  # README's: file, size, state
 LIMIT = 150_000  # bytes of such a picture
 
 
@@ -57,14 +57,14 @@ def look(browser, path, folder):
     return found
 
 
-def picture(browser, source, target, state):
-    """A screenshot of what the window shows first, in 256 colours. Raises ValueError if it is too large."""
-    page, _ = open_page(browser, ROOT / source, SIZES[0], "light", state)
+def picture(browser, source, target, size, state):
+    """A screenshot in 256 colours. Raises ValueError if it is too large."""
+    page, _ = open_page(browser, ROOT / source, size, "light", state)
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     image.save(ROOT / target, optimize=True)
-    size = (ROOT / target).stat().st_size
-    print(f"{target}: {size / 1000:.0f} KB")
-    if size > LIMIT:
+    n_bytes = (ROOT / target).stat().st_size
+    print(f"{target}: {n_bytes / 1000:.0f} KB")
+    if n_bytes > LIMIT:
         raise ValueError(f"{target} is larger than {LIMIT / 1000:.0f} KB")
 
 
@@ -81,6 +81,7 @@ def main():
     args.out_dir.mkdir(parents=True, exist_ok=True)
     errors = []
     with sync_playwright() as playwright:
+        # without the sandbox, which root in a container cannot have; the pages are ours
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for path in args.pages:
             if not path.exists():
@@ -89,8 +90,8 @@ def main():
             errors += look(browser, path, args.out_dir)
             print(f"{path}: screenshots in {args.out_dir}")
         if args.pictures:
-            for source, (target, state) in PICTURES.items():
-                picture(browser, source, target, state)
+            for source, arguments in PICTURES.items():
+                picture(browser, source, *arguments)
         browser.close()
     if errors:
         sys.exit("\n".join(errors))
