@@ -157,6 +157,9 @@ def test_charts_and_play_move_the_distance(page):
     assert page.run("s.m") == 300
     page.send("sum", "pointermove", clientX=500, buttons=1)
     assert page.run("s.m") == 1024  # half of 16 L
+    for outside, m in ((-50, 0), (1100, 2048), (500, 1024)):  # a pointer that leaves the chart while it is pressed
+        page.send("weights", "pointermove", clientX=outside, buttons=1)
+        assert page.run("s.m") == m
     page.click("play")
     moved = page.run("s.m")
     assert moved > 1024
