@@ -204,6 +204,7 @@ def test_the_address_holds_the_state(page):
         page.input("m", generator.randint(0, 300))
         again = Page(HTML, hash=page.run("location.hash"))
         assert again.run("s") == page.run("s")
+        assert again.run("[+$('logn').checked, +$('m').value]") == page.run("[s.logn, s.m]")
         assert all(again.text(part) == page.text(part) for part in ("cards", "angles", "peaks", "dilution", "where"))
     page.run("location.hash = '#L=64&pe=nope'; window.dispatchEvent(new Event('hashchange')); stub.settle(5)")
     assert page.run("[s.L, s.pe, r.K]") == [64, "nope", 0]
