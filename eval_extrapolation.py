@@ -178,7 +178,7 @@ def print_tables(runs, all_tables):
 
 
 def plot(runs, path):
-    """Perplexity by position, all runs in one picture; thin: the same tokens with at most L tokens of context."""
+    """Perplexity by position, all runs in one picture; dotted: the same tokens from at most the last L tokens."""
     pyplot = report.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     known = [[b for b in run["buckets"] if b["nll"] is not None] for run in runs]
@@ -187,7 +187,8 @@ def plot(runs, path):
         return bucket.get("stderr", bucket.get("nll_std")) or 0
 
     styles = report.styles(runs)
-    for i in sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"]):  # legend in the order of the last points
+    order = sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"])  # of the last points, from the top
+    for i in order:
         at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in known[i]]  # middle, on a log axis
         low, high = ([math.exp(b["nll"] + sign * error(b)) for b in known[i]] for sign in (-1, 1))
         color = styles[i]["color"]
@@ -203,9 +204,12 @@ def plot(runs, path):
     axes.axvline(edges[0], color="gray", linestyle=":")
     axes.annotate(f" trained context, L = {edges[0]}", (edges[0], 0.97), xycoords=("data", "axes fraction"),
                   va="top", color="gray")
-    axes.set_xlabel("position in the text (tokens)")
+    axes.set_xlabel("position in the text (tokens); dotted lines: the same tokens from at most the last L tokens")
     axes.set_ylabel("perplexity per token")
-    figure.legend(loc="outside right center", title="thin, dotted: at most\nL tokens of context")
+    if len(runs) <= 6:
+        report.label_ends(axes, [(known[i][-1]["ppl"], runs[i]["name"], styles[i]["color"]) for i in order])
+    else:
+        figure.legend(loc="outside right center")
     report.save_picture(figure, path)
 
 

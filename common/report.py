@@ -130,6 +130,16 @@ def styles(runs):
     return found
 
 
+def label_ends(axes, lines):
+    """Name lines at the right edge of their panel instead of in a legend. lines: (last value, name, colour), from the
+    top; names that would overlap move down."""
+    lowest = 1.1
+    for value, name, color in lines:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))
+        lowest = min(y, lowest - 0.06)
+        axes.annotate(f" {name}", (1, lowest), xycoords="axes fraction", va="center", color=color, weight="bold")
+
+
 def save_picture(figure, path):
     """Write a picture. A palette of 256 colours makes a .png a third as large."""
     figure.savefig(path, dpi=110)
