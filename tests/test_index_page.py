@@ -230,4 +230,4 @@ def test_narrow_windows_and_labels():
     page.check_content()
     assert page.run("[...document.querySelectorAll('input')].every(input => input.closest('label')"
                     " || document.querySelector(`label[for=\"${input.id}\"]`))")
-    assert float(frequencies(page.run("s.D"))[1]) == pytest.approx(page.run("r.theta[1]"))
+    assert float(frequencies(page.run("s.D"), page.run("s.base"))[1]) == pytest.approx(page.run("r.theta[1]"))
