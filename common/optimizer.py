@@ -8,6 +8,7 @@ import torch
 
 from model import setting
 
+FUSED = ("cpu", "cuda", "mps", "xpu")  # devices on which AdamW passes over the weights once per step
 LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone, for config/cpu_demo
 
 
@@ -122,7 +123,7 @@ def make_optimizer(model, config, device, dtype=torch.float32):
     decaying = embeddings if config.optimizer == "muon" else embeddings + matrices
     groups = [{"params": decaying, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2),
-                              fused=device.type in ("cpu", "cuda", "mps", "xpu"))
+                              fused=device.type in FUSED)
     if config.optimizer == "adamw":
         return adamw
     qkv = [block.attn.c_attn.weight for block in model.transformer.h]

@@ -212,7 +212,7 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
             predicted = logits[which, at + scored_from - 1:at + passage - 1].float()  # (P - scored_from, V)
             found.setdefault(f"{name}_accuracy", []).append((predicted.argmax(-1) == target).float().mean())
             found.setdefault(f"{name}_loss", []).append(F.cross_entropy(predicted, target))
-    found = {name: torch.stack(values) for name, values in found.items()}  # (N,) each
+    found = {name: torch.stack(values).cpu() for name, values in found.items()}  # (N,) each; MPS has no float64
     found["gain"] = found["unseen_loss"] - found["second_loss"]
     bucket = {"distance": distance, "length": distance + passage}
     for name, values in found.items():
