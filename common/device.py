@@ -138,12 +138,13 @@ def pick_compile(choice, device, width, steps):
         return False
     try:  # it needs a C compiler and Python's headers and, for a GPU, Triton
         torch.compile(lambda x: x.sin())(torch.ones(8, device=device))
+        return True
     except Exception as error:  # of many kinds
+        reason = f"torch.compile fails here ({type(error).__name__}: {error}".splitlines()[0] + ")"
         if choice:
-            raise RuntimeError(f"torch.compile fails here: {error}; use --no-compile") from error
-        print(f"note: torch.compile fails here and is not used: {str(error).strip().splitlines()[0]}")
+            raise RuntimeError(f"{reason}: use --no-compile") from error
+        print(f"note: {reason} and is not used")
         return False
-    return True
 
 
 @torch.no_grad()
@@ -151,8 +152,8 @@ def check_computation(model, device):
     """Compare a device other than the CPU with the CPU. Takes about a second. Raises RuntimeError.
 
     Some versions of PyTorch compute attention wrongly on some devices, without an error: it sees later tokens (issue
-    195910 there), or cached keys are misread (169222, 182285). What is compared is a network like the model, of at most
-    four layers and with random weights large enough for attention to count."""
+    195910 there), or cached keys are misread (169222, 182285). Compared is a network of the model's kind with at most
+    four layers, its weights large enough for attention to count."""
     if device.type == "cpu":
         return
     with torch.random.fork_rng(devices=[]):
