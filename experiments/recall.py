@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
@@ -246,6 +246,7 @@ def test_language_models(args, device):
                                                                             device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
         model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
                      "needles": [copy_in_text(model, windows, needles, distance, passages.size(1) // 2)

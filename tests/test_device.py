@@ -17,10 +17,12 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
+import eval_extrapolation
 import train
 from common import device as common_device
 from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig
+from experiments import recall
 from model import GPT, PE, GPTConfig
 from tests.conftest import PROJECT, TINY_FLAGS, assert_same_weights, log, processes, resumed, run, tiny
 
@@ -216,6 +218,18 @@ def test_a_device_that_computes_wrongly_is_named_before_it_is_used(monkeypatch, 
     else:
         common_device.check_computation(model, device)
     assert torch.equal(torch.get_rng_state(), random_state)  # a run on a GPU draws the numbers that one on a CPU draws
+
+
+@pytest.mark.parametrize("script", [train, eval_extrapolation, recall])
+def test_scripts_check_the_device_before_they_use_it(script, dataset, finished_run, tmp_path, monkeypatch, fails):
+    def wrong(model, device):
+        raise RuntimeError(f"{type(model).__name__}s are computed wrongly on {device}")
+
+    monkeypatch.setattr(script, "check_computation", wrong)
+    arguments = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path)] if script is train else [
+        finished_run, "--max_factor", "2", "--device", "cpu"]
+    code, lines = fails(script, arguments)
+    assert code == 1 and "GPTs are computed wrongly on cpu" in lines[-1] and not list(tmp_path.glob("*.pt"))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
