@@ -61,8 +61,7 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     save_minutes: float = setting(10.0, "minutes after which a checkpoint is saved in any case", at_least=0)
     keep_every: int | None = setting(None, "keep the weights of every N-th step, as ckpt_00000N.pt", at_least=1)
     compile: bool | None = setting(None, "torch.compile: the first step takes a minute, the others less time; default: "
-                                   "on for 1,000 steps or more at width 256 or more, if Triton can build kernels for "
-                                   "the GPU")
+                                   "on a GPU for 1,000 steps or more at width 256 or more, if it works there")
 
     def __post_init__(self):
         super().__post_init__()
