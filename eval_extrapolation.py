@@ -302,4 +302,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, takes_memory="--batch_size, --chunk or --max_factor")
