@@ -274,14 +274,14 @@ class Run:
             self.device.set_rng_state(state["rng"])
             self.best_val_loss, self.evaluated = state["best_val_loss"], state["logged"]
             self.started = time.time() - state["seconds"]  # earlier sessions count
-        except (KeyError, TypeError, RuntimeError, AttributeError) as error:
+            self.loss_sum += state.get("loss_sum", 0)
+        except (LookupError, TypeError, RuntimeError, AttributeError) as error:
             raise ValueError(f"ckpt.pt is damaged ({type(error).__name__}): it can be scored and sampled, perhaps, but "
                              "not resumed") from error
         if not Path(self.config.out_dir, "best.pt").exists():
             self.best_val_loss = math.inf  # that of a file
         self.iter = self.first = self.saved = state["iter"]
         self.threads = state.get("threads")
-        self.loss_sum += state.get("loss_sum", 0)
         self.loss_count = state.get("loss_count", 0)
 
     def save(self):
@@ -392,9 +392,9 @@ def parse(argv):
     if args.init_from and not args.resume:
         checkpoint = load_checkpoint(args.init_from)
         was = checkpoint["config"]
-        parser.set_defaults(**{name: was[name] for name in NETWORK_FLAGS if name in was})
+        parser.set_defaults(**{name: was[name] for name in NETWORK_FLAGS})
         args = parser.parse_args(argv)
-        if args.rope_scaling not in ("none", was.get("rope_scaling")) and not args.rope_context:
+        if args.rope_scaling not in ("none", was["rope_scaling"]) and not args.rope_context:
             args.rope_context = was["block_size"]  # a new scaling starts from the context of the checkpoint
     network = GPTConfig(**{name: getattr(args, name) for name in NETWORK_FLAGS})
     config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
@@ -416,7 +416,7 @@ def parse_resumed(parser, argv, checkpoint):
     """Parse argv with the flags of the run in a checkpoint as defaults.
 
     Raises ValueError if a flag that is not in FREE_ON_RESUME has changed."""
-    if "optimizer" not in checkpoint:
+    if not checkpoint["dataset"] or "optimizer" not in checkpoint:
         raise ValueError("ckpt.pt holds weights only, which can be scored, sampled and named by --init_from, but not "
                          "resumed")
     stored = {"optimizer": "adamw", **checkpoint["args"]}  # older checkpoints were all trained with it

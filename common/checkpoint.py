@@ -104,12 +104,13 @@ def load_checkpoint(path):
                 if not isinstance(checkpoint[name], kinds):
                     raise TypeError(f"{name} is {type(checkpoint[name]).__name__}")
             checkpoint["args"].setdefault("seed", None)
+            checkpoint["dataset"] = checkpoint["dataset"] or None
         except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
             others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
             raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})"
                              + (f"; the same folder holds {', '.join(others)}" if others else "")) from error
     try:
-        GPTConfig(**checkpoint["config"])
+        checkpoint["config"] = asdict(GPTConfig(**checkpoint["config"]))  # with fields that came later
     except (TypeError, ValueError) as error:  # a field or an encoding that this model.py does not have
         words = str(error).removeprefix("GPTConfig.__init__() ")
         raise ValueError(f"{path} needs another model.py than this one: {words}") from error
@@ -160,7 +161,7 @@ def copy_matching_weights(model, checkpoint):
     differs, with what differs."""
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
-             if was.get(name, now[name]) != now[name]]
+             if was[name] != now[name]]
     if fixed:
         raise ValueError("--init_from cannot change " + ", ".join(f"{name} ({was[name]} there, {now[name]} here)"
                                                                   for name in fixed) + ": leave these flags out")

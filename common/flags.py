@@ -190,12 +190,14 @@ def idle(config, optimizer=None):
              if field.metadata["used_by"] and not encodings.intersection(field.metadata["used_by"])}
     if not short:
         names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
-    elif kinds[1].pe not in ROTARY:
+    elif config.window == 0 and (kinds[1].pe, kinds[1].rope_base) == (config.pe, config.rope_base):
+        names |= {"window_pattern"}  # all layers are alike
+    if short and kinds[1].pe not in ROTARY:
         names |= {"local_rope_base"}
-    elif config.local_rope_base and config.pe not in ROTARY:
+    if short and config.local_rope_base and config.pe not in ROTARY:
         names |= {"rope_base"}
     if not any(kind.rope_scaling != "none" and kind.pe in ROTARY for kind in kinds):
-        names |= {"rope_scaling", "rope_factor"}
+        names |= {"rope_factor"}
         names |= set() if "hope" in encodings else {"rope_context"}  # HoPE's cut follows from it
     if optimizer == "adamw":
         names |= {"muon_learning_rate", "muon_momentum"}
