@@ -387,9 +387,9 @@ class GPT(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None):
         """Continue idx (B, T); yield each new token (B, 1) as it is drawn.
 
-        temperature=0 (below 1e-6) and top_k=1 are greedy. Can run beyond the trained context;
-        learned positions see the last block_size tokens only. Raises ValueError if idx has no
-        tokens, temperature is negative or top_k is below 1."""
+        temperature=0 (below 1e-6) and top_k=1 are greedy. Without dropout, also while training.
+        Can run beyond the trained context; learned positions see the last block_size tokens only.
+        Raises ValueError if idx has no tokens, temperature is negative or top_k is below 1."""
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature must be at least 0 and top_k at least 1 or None, not "
                              f"{temperature} and {top_k}")
@@ -398,10 +398,13 @@ class GPT(nn.Module):
         limit = self.transformer.wpe.max_length or math.inf
         cache, new = KVCache(idx.size(-1) + max_new_tokens), idx
         for _ in range(max_new_tokens):
+            training = self.training
+            self.train(False)
             if idx.size(-1) <= limit:
                 logits, _ = self(new, cache=cache)  # (B, 1, V)
             else:  # the window slides, and every token gets a new position
                 logits, _ = self(idx[:, -limit:])
+            self.train(training)
             logits = logits[:, -1].float() / temperature  # (B, V)
             if top_k is not None:
                 lowest = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]

@@ -213,9 +213,9 @@ def command(script, *arguments):
 
 # --- Running a script -------------------------------------------------------------------------------------------------
 
-REMEDIES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.EROFS: "choose another place",
-            errno.EACCES: "change its permissions or choose another place", errno.ENOENT: "check the path",
-            errno.EISDIR: "name a file in it"}
+REMEDIES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.ENOENT: "check the path",
+            errno.EACCES: "change its permissions or choose another path",
+            **dict.fromkeys((errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "choose another path")}
 
 
 class Output:

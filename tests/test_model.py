@@ -356,6 +356,18 @@ def test_temperature_0_is_greedy_and_so_is_one_close_to_0():
         assert torch.equal(model.generate(idx, 20, temperature, top_k=7), greedy)
 
 
+def test_generation_has_no_dropout_and_leaves_the_model_in_its_mode():
+    idx, model = torch.randint(50, (1, 5)), tiny("hope", dropout=0.6)
+    greedy = model.generate(idx, 20, top_k=1)
+    for training in (True, False):
+        model.train(training)
+        for token in model.stream(idx, 20, top_k=1):
+            assert model.training == training
+            idx = torch.cat((idx, token), dim=1)
+        assert torch.equal(idx, greedy) and model.transformer.drop.training == training
+        idx = idx[:, :5]
+
+
 def test_targets_of_another_shape_or_all_minus_one_are_refused():
     model, idx = tiny("hope"), torch.randint(50, (2, 5))
     for targets in (idx[:, :4], idx.T, idx[0]):
