@@ -119,11 +119,11 @@ def test_a_checkpoint_that_lacks_something_is_read_without_it_or_refused_in_one_
         changed = {key: value for key, value in checkpoint.items() if key != name}
         save_checkpoint(tmp_path / str(i) / "ckpt.pt", changed if change == "absent" else {**changed, name: change})
         for script, arguments in ((train, "--resume --max_iters 11 --out_dir RUN"),
-                                  (train, f"--init_from RUN --max_iters 1 --device cpu --out_dir {tmp_path}/{i}/new"),
+                                  (train, "--init_from RUN --max_iters 1 --device cpu --out_dir RUN/new"),
                                   (sample, "--max_new_tokens 2 --out_dir RUN"),
                                   (eval_extrapolation, "--windows 1 --max_factor 1 RUN")):
             try:
-                script.main(arguments.replace("RUN", str(tmp_path / str(i))).split())
+                script.main([word.replace("RUN", str(tmp_path / str(i))) for word in arguments.split()])
             except (ValueError, OSError) as error:
                 assert not isinstance(error, BlockingIOError)
 

@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -149,7 +150,7 @@ def test_a_file_of_flags_may_come_from_windows(tmp_path):
     assert network.n_layer == 3 and config.out_dir == "C:\\runs\\new" and config.dataset.endswith("a b")
 
 
-@pytest.mark.parametrize("content, words", [(b'--out_dir "a', "No closing quotation"), (b"@FILE", "it reads itself"),
+@pytest.mark.parametrize("content, words", [(b'--out_dir "a', "No closing quotation"), (b'"@FILE"', "it reads itself"),
                                             ("--n_layer 3".encode("utf-16"), "UTF-8"), (None, "Is a directory")])
 def test_a_file_of_flags_that_cannot_be_read_is_named_with_the_cause(tmp_path, fails, content, words):
     path = tmp_path / "flags"
@@ -196,6 +197,18 @@ def test_no_print_ends_the_work(monkeypatch, kind):
     except SystemExit as stopped:
         assert kind == "full" and stopped.code == 1
     assert done == [0, 1, 2] and (sys.stdout, sys.stderr) == streams
+
+
+@pytest.mark.parametrize("cause, code", [(errno.EIO, None), (errno.EPIPE, None), (errno.ENOSPC, 1), (errno.EFBIG, 1)])
+def test_a_terminal_that_has_gone_is_no_failure_and_a_disk_that_is_full_is_one(monkeypatch, capsys, cause, code):
+    class Broken(io.StringIO):
+        def write(self, text):
+            raise OSError(cause, "cause")
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    with pytest.raises(SystemExit) if code else nullcontext():
+        flags.run(lambda: print("text"))
+    assert ("error" in capsys.readouterr().err) == bool(code)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
