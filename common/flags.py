@@ -233,11 +233,10 @@ class Output:
         try:
             getattr(self.stream, act)(*text)
         except OSError as error:
-            self.failure, null = error, open(os.devnull, "w", encoding="utf-8")
+            self.failure = error
             error.filename = getattr(self.stream, "name", None)  # <stdout>
-            with suppress(OSError):  # a stream that is no file
-                os.dup2(null.fileno(), self.stream.fileno())  # for what the stream still holds
-            self.stream = null
+            with suppress(OSError), open(os.devnull, "w") as null:  # a stream that is no file raises OSError
+                os.dup2(null.fileno(), self.stream.fileno())
 
     def flush(self):
         self.write(act="flush")

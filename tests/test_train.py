@@ -639,8 +639,7 @@ def test_the_command_that_continues_a_stopped_run_can_be_pasted_from_where_it_wa
 @pytest.mark.parametrize("step", [0, 10])
 @pytest.mark.parametrize("names", [names for n in range(4) for names in itertools.combinations(
     ("ckpt.pt", "best.pt", "log.jsonl"), n)], ids=" ".join)
-def test_for_any_of_its_files_a_run_can_be_started_or_continued_or_says_how(finished_run, dataset, tmp_path, fails,
-                                                                          capsys, names, step):
+def test_for_any_of_its_files_a_run_can_be_started_or_continued_or_says_how(dataset, tmp_path, names, step):
     """Each command that is printed is run, until one works; no file with a step more than 0 is replaced."""
     folder = tmp_path / "run"
     run(dataset, folder, "--max_iters", "10", *(["--eval_interval", "99"] if not step else []))
@@ -652,7 +651,8 @@ def test_for_any_of_its_files_a_run_can_be_started_or_continued_or_says_how(fini
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     start = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(folder)]
     for command in (start, ["--resume", "--out_dir", str(folder)]):
-        for _ in range(3):  # commands that lead to each other
+        at_once = command is start and not step and "ckpt.pt" not in names  # there is nothing to lose
+        for attempt in range(3):  # commands that lead to each other
             try:
                 train.main([*command, "--max_iters", "10"])
                 break
@@ -664,6 +664,7 @@ def test_for_any_of_its_files_a_run_can_be_started_or_continued_or_says_how(fini
                     command = [*shlex.split(printed)[2:], "--dataset", dataset, *TINY_FLAGS]
         else:
             pytest.fail(f"{names}: no command works")
+        assert attempt == 0 or not at_once
         if step and "ckpt.pt" not in names:
             now = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
             assert set(kept.values()) <= set(now.values())
@@ -686,6 +687,15 @@ def test_a_moved_data_set_can_be_named_at_resume_but_not_another_tokenizers_or_a
         path.write_text(json.dumps({**meta, **change}))
         code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "14"])
         assert code == 2 and words in lines[0]
+
+
+def test_if_best_pt_is_gone_the_best_of_what_follows_takes_its_place(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    lowest = {**load_checkpoint(tmp_path / "run" / "ckpt.pt"), "best_val_loss": 0.001}
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", lowest)
+    checkpoint = resumed(tmp_path / "run", "--max_iters", "12", "--eval_interval", "2")
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["val_loss"] == checkpoint["best_val_loss"] > 1
 
 
 # --- starting from another run
