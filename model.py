@@ -331,12 +331,10 @@ class GPT(nn.Module):
                              "at most"), (cache and cache.max_length, "the cache has room for")):
             if room is not None and past + idx.size(1) > room:
                 raise ValueError(f"{words} {room} tokens, not for {past + idx.size(1)}")
-        if targets is None:
-            return
-        if targets.shape != idx.shape:
+        if targets is not None and targets.shape != idx.shape:
             raise ValueError(f"targets {tuple(targets.shape)} differ from idx {tuple(idx.shape)}")
-        waits = targets.device.type != "cpu" or torch.compiler.is_compiling()  # for a GPU
-        if reduction == "mean" and not waits and (targets == -1).all():
+        on_cpu = idx.device.type == "cpu" and not torch.compiler.is_compiling()
+        if targets is not None and reduction == "mean" and on_cpu and (targets == -1).all():
             raise ValueError("all targets are -1, so there is no mean loss")
 
     def layer_positions(self, kind, pos, past):
@@ -391,7 +389,7 @@ class GPT(nn.Module):
         Can run beyond the trained context; learned positions see the last block_size tokens only.
         Raises ValueError if idx has no tokens, temperature is negative or top_k is below 1."""
         if not temperature >= 0 or (top_k is not None and top_k < 1):
-            raise ValueError(f"temperature must be at least 0 and top_k at least 1 or None, not "
+            raise ValueError("temperature must be at least 0 and top_k at least 1 or None, not "
                              f"{temperature} and {top_k}")
         if temperature < 1e-6:
             temperature, top_k = 1.0, 1

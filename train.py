@@ -228,15 +228,14 @@ class Run:
             bar.set_postfix(loss=f"{self.train_loss.item():.3f}", **val, tokens_per_s=f"{rate:,.0f}", refresh=False)
 
     def check_health(self, saving=False):
-        """Raise RuntimeError if the run has diverged, before bad weights replace a good checkpoint.
-
-        The training loss is that of the weights before the last step. What is to be saved is judged by itself."""
+        """Raise RuntimeError if the run has diverged. The training loss is that of the weights before the last step;
+        what is to be saved is judged by itself, before it replaces a good checkpoint."""
         if self.iter == self.first:
             return
         losses, grad_norm = {"loss": self.train_loss.item()}, self.grad_norm.item()
         if saving and self.device.rank == 0:
-            now = self.val_loss if self.evaluated == self.iter else self.validation_loss(1)
-            losses["validation loss"] = now
+            evaluated = self.evaluated == self.iter
+            losses["validation loss"] = self.val_loss if evaluated else self.validation_loss(1)
         kept = f"{self.config.out_dir}/ckpt.pt still holds step {self.saved:,}"
         if self.overflows_in_a_row >= 20:
             raise RuntimeError(f"the last {self.overflows_in_a_row} gradients overflowed in float16, and no step was "
