@@ -3,6 +3,7 @@ What scripts show: tables, JSON files, pictures, means with their standard error
 """
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def check_output(path, suffixes=None):
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write {path} to: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: choose another folder or change the permissions of this one")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be written: choose another name")
     if suffixes and path.suffix not in suffixes:
