@@ -2,14 +2,16 @@
 # make test      the tests
 # make soak      the tests that take minutes
 # make lint      the linter
+# make look      screenshots of both pages, in an installed Chromium
 # make mutants   put 100 faults into the code, one at a time: which share do the tests notice? (SAMPLE=100 SEED=1)
+# make look      open the pages in a browser: screenshots, and errors of their scripts
 # All of them work in their own virtual environment, which the first call makes.
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo trainings test soak lint mutants
+.PHONY: demo trainings test soak lint mutants look
 # the packages are installed anew whenever one of these files is newer than the last install
 $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -25,15 +27,17 @@ hope_windows = @config/cpu_windows --pe hope
 demo: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 trainings
 	$(RUN) eval_extrapolation.py $(DEMO:%=out/demo/%) --json out/demo/results.json --plot out/demo/results.png
-	@echo "the tables above are in out/demo/results.json, the picture is out/demo/results.png"
+	$(RUN) -m experiments.page $(DEMO:%=out/demo/%) --html out/demo/page.html
+	@echo "the tables: out/demo/results.json; the picture: out/demo/results.png; a text as the models read it:"
+	@echo "out/demo/page.html; the idea to play with: docs/index.html"
 
-# Two trainings of one thread each are done sooner than one of two threads after the other. awk puts the name of the run
-# before each line. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.
+# Two trainings of one thread each are done sooner than one of two threads after the other. Each line gets the name of
+# its run. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.
 trainings: $(DEMO:%=out/demo/%/done)
 out/demo/%/done:
 	@mkdir -p $(@D)
 	@export OMP_NUM_THREADS=1; { $(RUN) train.py $($*) --out_dir $(@D) $$(test -f $(@D)/ckpt.pt && echo --resume) \
-	    && touch $@; } 2>&1 | awk '{ print "$*: " $$0; fflush() }'; test -f $@
+	    && touch $@; } 2>&1 | { trap "" INT; while IFS= read -r line; do echo "$*: $$line"; done; }; test -f $@
 
 # two processes with one thread each are done sooner than one process with two
 test: $(VENV)/installed
@@ -50,3 +54,8 @@ SEED ?= 1
 mutants: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet cosmic-ray -c constraints.txt
 	$(RUN) tools/mutants.py $(SAMPLE) $(SEED)
+
+# in a browser: needs an installed Chromium (Debian: apt install chromium); screenshots go to out/look
+look: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet playwright -c constraints.txt
+	$(RUN) tools/look.py

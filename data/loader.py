@@ -13,8 +13,7 @@ from data.tokenizer import encode_checked, load_tokenizer, shown
 
 DEFAULT_DATASET = "data/pysrc_char"
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data sets
+# --- Data sets --------------------------------------------------------------------------------------------------------
 
 
 def open_dataset(name):
@@ -22,8 +21,7 @@ def open_dataset(name):
 
     name is resolved by dataset_path. A folder of nanoGPT's is read as well. The default data set is made if it is
     missing. Raises FileNotFoundError if another one is, and ValueError if the files are not those that prepare() wrote,
-    with the command that makes them again.
-    """
+    with the command that makes them again."""
     path = dataset_path(name)
     if nanogpt.is_data_folder(path):
         return nanogpt.open_data_folder(path)
@@ -57,8 +55,7 @@ def open_to_train(name, block_size, checkpoint=None, same_text=False):
     """open_dataset for a training with windows of block_size tokens, which may continue from a checkpoint.
 
     Raises ValueError if a part is shorter than a window, if the checkpoint has another tokenizer or, with same_text, if
-    it was trained on another text.
-    """
+    it was trained on another text."""
     meta, ids = open_dataset(name)
     for part, tokens in ids.items():
         if len(tokens) <= block_size:
@@ -73,15 +70,13 @@ def open_to_train(name, block_size, checkpoint=None, same_text=False):
     return meta, ids
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Batches to train and validate on: inputs and targets, int64 (B, L) each, the targets one token later
+# --- Batches to train and validate on: inputs and targets, int64 (B, L) each, the targets one token later -------------
 
 
 def token_tensor(ids, device):
     """Ids, uint16 (N,), as the tensor that batch_at reads: on the GPU if it fits there, else on the disk.
 
-    On a GPU it may take a tenth of the free memory. A step then only transfers the offsets of its batch.
-    """
+    On a GPU it may take a tenth of the free memory. A step then only transfers the offsets of its batch."""
     ids = torch.from_numpy(ids.view(np.int16))  # the same bits: torch has few operations for uint16
     fits = device.type == "cuda" and 10 * ids.nbytes < torch.cuda.mem_get_info(device)[0]
     return ids.to(device) if fits else ids
@@ -110,16 +105,14 @@ def validation_batches(ids, batch_size, block_size, n_batches, device):
         yield batch_at(ids, part, block_size, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Windows to score
+# --- Windows to score -------------------------------------------------------------------------------------------------
 
 
 def document_windows(ids, end_of_document, length, n_windows):
     """Windows of length + 1 tokens, each inside one document, that do not overlap -> int64 (N, length + 1).
 
     N is n_windows, spread evenly over all that exist, or all of them if there are fewer. Raises ValueError if no
-    document is long enough.
-    """
+    document is long enough."""
     ends = np.append(np.flatnonzero(ids == end_of_document), len(ids))
     starts = np.concatenate(([0], ends[:-1] + 1))
     places = [p for start, end in zip(starts, ends) for p in range(start, end - length, length + 1)]
@@ -143,8 +136,7 @@ def text_to_score(checkpoints, names, dataset=None, text=None, meta=None):
     The ids are those of a text file, or of the validation text of a data set, or of the first checkpoint's data set.
     names: of the runs, for messages. meta: path of a meta.pkl with the characters of nanoGPT's checkpoints. Prints what
     makes the scores hard to compare. Raises ValueError if the checkpoints do not share a tokenizer with each other and
-    with the text, or if the first one's data set was changed after its training.
-    """
+    with the text, or if the first one's data set was changed after its training."""
     nanogpt.fill_in_tokenizers(checkpoints, meta)
     saved = checkpoints[0]["tokenizer"]
     for name, checkpoint in zip(names, checkpoints):

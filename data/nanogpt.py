@@ -15,7 +15,7 @@ GPT2_SIZES = 50257, 50304  # plain, and padded to a multiple of 64
 # Flags of nanoGPT that are not here, and what to do instead
 FLAGS = {
     "--lr": "it is --learning_rate", "--eval_only": "use python eval_extrapolation.py OUT_DIR",
-    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.plot_log OUT_DIR draws them",
+    "--wandb_log": "losses are in OUT_DIR/log.jsonl, and python -m experiments.curves OUT_DIR draws them",
     "--wandb_project": "losses are in OUT_DIR/log.jsonl", "--wandb_run_name": "losses are in OUT_DIR/log.jsonl",
     "--decay_lr": "for a constant rate, give --min_lr the value of --learning_rate",
     "--always_save_checkpoint": "ckpt.pt is always saved, best.pt if it is the best so far",
@@ -60,8 +60,7 @@ def is_data_folder(path):
 def open_data_folder(path):
     """A folder with train.bin, val.bin and, if its tokens are characters, meta.pkl -> as loader.open_dataset.
 
-    Without meta.pkl the tokens are GPT-2's. There may be no id between documents: then the text is one document.
-    """
+    Without meta.pkl the tokens are GPT-2's. There may be no id between documents: then the text is one document."""
     if (path / "meta.pkl").exists():
         tokenizer = read_meta_pkl(path / "meta.pkl")
         vocab_size = len(tokenizer["chars"])
@@ -86,8 +85,7 @@ def open_data_folder(path):
 def fill_in_tokenizers(checkpoints, meta=None):
     """Set the tokenizer of checkpoints without one (None). meta: path of a meta.pkl with their characters.
 
-    Without it, the size of the vocabulary decides. Raises ValueError if that is unknown or does not fit meta.
-    """
+    Without it, the size of the vocabulary decides. Raises ValueError if that is unknown or does not fit meta."""
     lacking = [checkpoint for checkpoint in checkpoints if not checkpoint["tokenizer"]]
     if meta and not lacking:
         print("note: --meta has no effect: the checkpoint holds its tokenizer")

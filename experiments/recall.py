@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
@@ -63,8 +63,7 @@ def tasks_of(args):
 
 def mean_over_seeds(runs, settings):
     """Runs and the settings of each -> the mean of each group of runs that differ in their seed alone, with standard
-    errors over seeds. Several checkpoints of one run are no seeds: the runs then stay as they are.
-    """
+    errors over seeds. Several checkpoints of one run are no seeds: the runs then stay as they are."""
     members, means = members_by_group(runs, settings), []
     for name, group in members:
         same, seeds = [run for run, _ in group], [its["seed"] for _, its in group]
@@ -118,8 +117,7 @@ def test(model, task, start, end, n_batches, seed, device, shortest):
     errors}, or None if the encoding is undefined there.
 
     exact: share of sequences without a mistake. decoy: share of answers that are the last letter before the separator.
-    The standard errors are over batches, since the sequences of a batch have the same length.
-    """
+    The standard errors are over batches, since the sequences of a batch have the same length."""
     lengths = range(max(start + 1, shortest) | 1, end + 1, 2)
     if model.transformer.wpe.max_length is not None and end > model.transformer.wpe.max_length:
         return None
@@ -198,8 +196,7 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
     windows (N, at least distance + P): text, which passages (N, P) replace at both places -> accuracy, and loss in nats
     per token: of the passage's "first" reading, of its "second", and "unseen", at the same position after other text
     instead of the first reading; "gain", the loss saved by the first reading. Tokens of the passage before scored_from
-    are not counted; nothing announces the first one. None beyond an encoding's limit.
-    """
+    are not counted; nothing announces the first one. None beyond an encoding's limit."""
     limit, passage = model.transformer.wpe.max_length, passages.size(1)
     if limit is not None and distance + passage > limit:
         return None
@@ -215,7 +212,7 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
             predicted = logits[which, at + scored_from - 1:at + passage - 1].float()  # (P - scored_from, V)
             found.setdefault(f"{name}_accuracy", []).append((predicted.argmax(-1) == target).float().mean())
             found.setdefault(f"{name}_loss", []).append(F.cross_entropy(predicted, target))
-    found = {name: torch.stack(values) for name, values in found.items()}  # (N,) each
+    found = {name: torch.stack(values).cpu() for name, values in found.items()}  # (N,) each; MPS has no float64
     found["gain"] = found["unseen_loss"] - found["second_loss"]
     bucket = {"distance": distance, "length": distance + passage}
     for name, values in found.items():
@@ -249,6 +246,7 @@ def test_language_models(args, device):
                                                                             device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
         model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
                      "needles": [copy_in_text(model, windows, needles, distance, passages.size(1) // 2)

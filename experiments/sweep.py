@@ -83,8 +83,7 @@ def combinations(given, out_dir, config=()):
     """Flags with several values -> [(argv, settings, name)], one for each run: flags of train.py, and what they mean.
 
     The name says the layers and the flags that are not in config, those of an @config file. Raises ValueError, or exits
-    as train.py does, if train.py would refuse a run.
-    """
+    as train.py does, if train.py would refuse a run."""
     found = {}
     for values in itertools.product(*(values or [None] for values in given.values())):
         chosen = dict(zip(given, values))
@@ -168,8 +167,7 @@ def make_jobs(given, out_dir, config=()):
     """Flags with several values, and those of an @config file -> the Jobs. A run that out_dir holds already is found by
     its settings, whatever its folder is called.
 
-    Raises ValueError if a folder holds another run.
-    """
+    Raises ValueError if a folder holds another run."""
     runs = combinations(given, out_dir, config)
     groups = {group_key(settings): settings for _, settings, _ in runs}
     names = dict(zip(groups, group_names(groups.values())))

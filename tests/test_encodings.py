@@ -151,6 +151,7 @@ def test_what_is_added_to_logits_and_embeddings_equals_the_reference(pe):
     expected = [[embedded(pe, learned, token, n) for n, token in enumerate(row, start=30)] for row in x.double()]
     torch.testing.assert_close(encoding.embed(x, q_pos).double(), torch.stack([*map(torch.stack, expected)]),
                                atol=1e-5, rtol=0)
+    assert encoding.to(torch.bfloat16).embed(x.to(torch.bfloat16), q_pos).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("pe", ["t5", "kerple", "fire"])
@@ -196,6 +197,7 @@ def test_under_autocast_angles_and_biases_are_float32_and_only_the_mask_is_round
         rotary, mask, *_ = model.layer_positions("L", pos, 0)
     assert all(map(torch.equal, rotary or (), exact.rotary or ()))
     assert mask is exact.mask is None or torch.equal(mask, exact.mask.to(torch.bfloat16))
+    assert mask is None or model.to(torch.bfloat16).layer_positions("L", pos, 0).mask.dtype == torch.bfloat16
 
 
 # --- which pairs are rotated
@@ -258,15 +260,16 @@ def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope()
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("head_dim, block_size, s", [(32, 128, 16.0), (64, 512, 4.0), (128, 4096, 2.5), (32, 128, 8.0),
-                                                     (64, 512, 8.0), (128, 4096, 8.0), (64, 512, 1.0)])
-def test_scaled_frequencies_of_real_models_equal_the_reference(head_dim, block_size, s, scaling):
-    plain, found = (spectrum(head_dim, block_size=block_size, rope_scaling=name, rope_factor=s)
+@pytest.mark.parametrize("head_dim, block_size, s, base", [
+    (32, 128, 16.0, 1e4), (64, 512, 4.0, 1e4), (128, 4096, 2.5, 1e4), (32, 128, 8.0, 1e4), (64, 512, 8.0, 1e4),
+    (128, 4096, 8.0, 1e4), (64, 512, 1.0, 1e4), (32, 128, 8.0, 4.0)])  # the last: yarn's ramp ends beyond all pairs
+def test_scaled_frequencies_of_real_models_equal_the_reference(head_dim, block_size, s, base, scaling):
+    plain, found = (spectrum(head_dim, block_size=block_size, rope_scaling=name, rope_factor=s, rope_base=base)
                     for name in ("none", scaling))
-    expected = angles("rope", scaling, s, block_size=block_size, head_dim=head_dim)
+    expected = angles("rope", scaling, s, base, block_size, head_dim)
     torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-6, atol=0)
     assert (found.diff() < 0).all()
-    if scaling in ("ntk", "yarn"):  # the fastest pair is left alone, the slowest is divided by s
+    if scaling in ("ntk", "yarn") and base == 1e4:  # the fastest pair is left alone, the slowest is divided by s
         assert found[0] == plain[0]
         torch.testing.assert_close(found[-1], plain[-1] / s, rtol=1e-6, atol=0)
 

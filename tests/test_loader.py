@@ -194,4 +194,4 @@ def test_a_byte_pair_run_trains_samples_and_is_scored_without_its_data_folder(da
     eval_extrapolation.main([str(tmp_path / "run"), "--text", str(tmp_path / "book.txt"), "--windows", "3",
                              "--max_factor", "2"])
     out = capsys.readouterr().out
-    assert out.startswith("one twö") and "bits per character" in out
+    assert out.startswith("one twö") and "perplexity by position" in out

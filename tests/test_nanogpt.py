@@ -15,6 +15,7 @@ import train
 from common.checkpoint import load_checkpoint
 from data.loader import document_windows, open_dataset, text_to_score
 from data.nanogpt import fill_in_tokenizers
+from data.prepare import prepare
 from data.tokenizer import CharTokenizer, load_tokenizer
 from tests.conftest import TINY_FLAGS
 
@@ -45,11 +46,23 @@ def test_a_data_folder_of_nanogpt_trains_samples_and_is_scored(nanogpt, tmp_path
     sample.main(["--out_dir", str(tmp_path / "run"), "--start", "the fox", "--max_new_tokens", "20"])
     eval_extrapolation.main([str(tmp_path / "run"), "--windows", "3", "--max_factor", "2"])
     out = capsys.readouterr().out
-    assert out.startswith("the fox") and "bits per character" in out
+    assert out.startswith("the fox") and "perplexity by position" in out
     checkpoint = load_checkpoint(tmp_path / "run")
     with pytest.raises(ValueError, match="no token for 'T'"):  # there is no id for unknown characters
         (tmp_path / "other.txt").write_text("The fox " * 50)
         text_to_score([checkpoint], ["run"], text=str(tmp_path / "other.txt"))
+
+
+def test_ids_without_a_character_are_refused_in_a_folder_and_in_a_text_to_score(nanogpt, tmp_path):
+    text = "the quick brown fox jumps over the lazy dog\n" * 100
+    (tmp_path / "fox.txt").write_text(text + "caf\u00e9", encoding="utf-8")  # at its end, the validation text
+    out_dir = prepare(str(tmp_path / "fox.txt"), out_dir=tmp_path / "set", charset="auto")
+    checkpoint = {"tokenizer": None, "dataset": None, "config": {"vocab_size": 28}}
+    with pytest.raises(ValueError, match="set has characters for which run has no token"):
+        text_to_score([checkpoint], ["run"], dataset=str(out_dir), meta=nanogpt / "meta.pkl")
+    np.array([27, 28], dtype=np.uint16).tofile(nanogpt / "val.bin")
+    with pytest.raises(ValueError, match="an id of 28, but the largest in the vocabulary is 27"):
+        open_dataset(nanogpt)
 
 
 class Harmful:

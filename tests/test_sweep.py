@@ -129,7 +129,9 @@ def test_a_sweep_that_was_killed_continues_and_its_runs_are_those_of_train_py(ti
     assert [group["name"] for group in result["groups"]] == ["rope", "hope:SL:4"] and "rope  " in output
     for run, group in zip(result["runs"], result["groups"]):
         assert group["buckets"][2]["ppl"] == run["buckets"][2]["ppl"] and group["seeds"] == [3]
-        assert run["parameters"] > 1000 and run["minutes"] > 0 and run["val_loss"] < 10 and run["args"]["seed"] == 3
+        assert run["parameters"] > 1000 and run["val_loss"] < 10 and run["args"]["seed"] == 3
+        log = (tmp_path / "sweep" / f"{group['name'].replace(':', '-')}-seed-3" / "log.jsonl").read_text()
+        assert run["minutes"] == json.loads(log.splitlines()[-1])["seconds"] / 60 > 0  # of all steps, not of best.pt
     rows = list(csv.DictReader((tmp_path / "sweep/sweep.csv").read_text().splitlines()))
     assert [row["window_pattern"] for row in rows] == ["L", "SL"] and rows[1]["max_iters"] == "12"
     assert float(rows[0]["ppl [16,32)"]) == result["groups"][0]["buckets"][1]["ppl"]
