@@ -169,7 +169,7 @@ def plot(result, path):
         axes.set_title(factor)
         axes.set_xlabel("position, up to")
         axes.legend(fontsize=9)
-    panels[0][0].set_ylabel("change of the loss (nats per token)")
+    panels[0][0].set_ylabel("change of the loss, nats per token,\n± two standard errors")
     report.save_picture(figure, path)
 
 
