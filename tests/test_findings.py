@@ -35,11 +35,11 @@ def without_code(text):
 
 
 def tables(text):
-    """-> for each table with measured numbers: the lines of the comment above it, or None, and those of its rows."""
+    """-> for each table with a comment, or with a cell that begins with a number: the lines of the comment above it, or None, and those of its rows."""
     text = without_code(text)
     for found in re.finditer(r"(?:<!-- numbers\n((?:(?!-->)[^\n]*\n)*)-->\n+)?((?:^\|[^\n]*\n?)+)", text, re.MULTILINE):
         rows = found[2].splitlines()[2:]
-        if any(numbers(row) for row in rows) or found[1]:
+        if found[1] or any(re.search(r"\| -?\d+\.\d", row) for row in rows):
             yield found[1] and found[1].splitlines(), rows
 
 
