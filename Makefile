@@ -2,6 +2,7 @@
 # make test      the tests
 # make soak      the tests that take minutes
 # make lint      the linter
+# make look      screenshots of both pages, in an installed Chromium
 # make mutants   put 100 faults into the code, one at a time: which share do the tests notice? (SAMPLE=100 SEED=1)
 # make look      open the pages in a browser: screenshots, and errors of their scripts
 # All of them work in their own virtual environment, which the first call makes.
@@ -30,13 +31,13 @@ demo: $(VENV)/installed
 	@echo "the tables: out/demo/results.json; the picture: out/demo/results.png; a text as the models read it:"
 	@echo "out/demo/page.html; the idea to play with: docs/index.html"
 
-# Two trainings of one thread each are done sooner than one of two threads after the other. awk puts the name of the run
-# before each line. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.
+# Two trainings of one thread each are done sooner than one of two threads after the other. Each line gets the name of
+# its run. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.
 trainings: $(DEMO:%=out/demo/%/done)
 out/demo/%/done:
 	@mkdir -p $(@D)
 	@export OMP_NUM_THREADS=1; { $(RUN) train.py $($*) --out_dir $(@D) $$(test -f $(@D)/ckpt.pt && echo --resume) \
-	    && touch $@; } 2>&1 | awk '{ print "$*: " $$0; fflush() }'; test -f $@
+	    && touch $@; } 2>&1 | { trap "" INT; while IFS= read -r line; do echo "$*: $$line"; done; }; test -f $@
 
 # two processes with one thread each are done sooner than one process with two
 test: $(VENV)/installed

@@ -5,14 +5,12 @@ Perplexity beyond the trained context, of one run or of several side by side on 
     python eval_extrapolation.py out/rope out/hope --rope_scaling none pi ntk yarn --attn_scaling none logn
 
 Long windows, each inside one document, are read once, from their first token on. With causal attention one pass gives
-every context length at once, because the token at position n is predicted from the n tokens before it. Perplexity is
-averaged by position, [0, L) [L, 2L) [2L, 4L) ..., L being the trained context: a mean over the whole window would hide
-a collapse among the tokens that are still predicted well.
+every context length at once, because the token at position n is predicted from the n tokens before it. Perplexity,
+exp(loss in nats per token), is averaged by position, [0, L) [L, 2L) [2L, 4L) ..., L being the trained context: a mean
+over the whole window would hide a collapse among the tokens that are still predicted well.
 
 The same tokens are also predicted from at most L tokens of context (windows of L that advance by L / 2, hence from at
 least L / 2). If the full context does better than this, the far tokens help; if it does worse, they harm.
-
-perplexity = exp(loss); loss in nats per token.
 """
 import math
 import statistics
@@ -38,9 +36,8 @@ def bucket_edges(block_size, max_factor):
 
 
 def windows_at_a_time(config, length, chunk, device):
-    """How many windows of a length fit side by side in half a GB, or in half of a GPU's free memory.
-
-    config: that of a checkpoint. The number affects speed, not losses."""
+    """How many windows of a length fit side by side in half a GB, or in half of a GPU's free memory, for a checkpoint's
+    config."""
     C, V = config["n_embd"], config["vocab_size"]
     cached = 2 * C * length * config["n_layer"]  # keys and values
     # of one forward of score or score_local: logits, twice more in the loss, and the widest layer's in- and outputs
@@ -50,9 +47,8 @@ def windows_at_a_time(config, length, chunk, device):
 
 
 def scalings(args, config):
-    """The combinations of the scaling flags' values that a configuration allows -> overrides of it.
-
-    Values that are not given stay as they were in training."""
+    """The combinations of the scaling flags' values that a configuration allows -> overrides of it. Values that are not
+    given stay as they were in training."""
     config = GPTConfig(**config)
     rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary_names() else [config.rope_scaling]
     factors = {"none": 1.0} if args.rope_scaling else {config.rope_scaling: config.rope_factor}
@@ -100,10 +96,8 @@ def score_local(model, windows, context, batch_size):
 
 
 def score_scaled(checkpoint, scaling, windows, edges, chunk, batch_size):
-    """score() of a checkpoint under one of the scalings.
-
-    With rope_factor "auto" each bucket has its own factor, its end divided by the context before scaling, and its own
-    pass."""
+    """score() of a checkpoint under one of the scalings. With rope_factor "auto" each bucket has a pass and a factor of
+    its own, its end divided by the context before scaling."""
     passes = [(0, edges[-1], scaling["rope_factor"])]
     if scaling["rope_factor"] == "auto":
         L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
@@ -178,7 +172,7 @@ def print_tables(runs, all_tables):
 
 
 def plot(runs, path):
-    """Perplexity by position, all runs in one picture; thin: the same tokens with at most L tokens of context."""
+    """Perplexity by position, all runs in one picture; dotted: the same tokens from at most the last L tokens."""
     pyplot = report.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     known = [[b for b in run["buckets"] if b["nll"] is not None] for run in runs]
@@ -187,7 +181,8 @@ def plot(runs, path):
         return bucket.get("stderr", bucket.get("nll_std")) or 0
 
     styles = report.styles(runs)
-    for i in sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"]):  # legend in the order of the last points
+    order = sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"])  # of the last points, from the top
+    for i in order:
         at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in known[i]]  # middle, on a log axis
         low, high = ([math.exp(b["nll"] + sign * error(b)) for b in known[i]] for sign in (-1, 1))
         color = styles[i]["color"]
@@ -203,9 +198,12 @@ def plot(runs, path):
     axes.axvline(edges[0], color="gray", linestyle=":")
     axes.annotate(f" trained context, L = {edges[0]}", (edges[0], 0.97), xycoords=("data", "axes fraction"),
                   va="top", color="gray")
-    axes.set_xlabel("position in the text (tokens)")
+    axes.set_xlabel("position in the text (tokens); dotted lines: the same tokens from at most the last L tokens")
     axes.set_ylabel("perplexity per token")
-    figure.legend(loc="outside right center", title="thin, dotted: at most\nL tokens of context")
+    if len(runs) <= 6:
+        report.label_ends(axes, [(known[i][-1]["ppl"], runs[i]["name"], styles[i]["color"]) for i in order])
+    else:
+        figure.legend(loc="outside right center")
     report.save_picture(figure, path)
 
 
@@ -302,4 +300,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, takes_memory="--batch_size, --chunk or --max_factor")

@@ -4,6 +4,7 @@ Generate text with a trained model, printed token by token:
     python sample.py --out_dir out/hope --start "def " --max_new_tokens 200
 """
 import codecs
+import sys
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from common import flags
 from common.checkpoint import load_checkpoint, load_model
 from common.device import Device, DeviceConfig
 from data import nanogpt
-from data.sources import read_text
+from data.sources import read_text, unix_lines
 from data.tokenizer import encode_checked, load_tokenizer, shown
 
 
@@ -21,6 +22,8 @@ def print_stream(tokens, tokenizer):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
         print(decoder.decode(tokenizer.decode_bytes(token[0].tolist())), end="", flush=True)
+        if failure := getattr(sys.stdout, "failure", None):  # nobody reads it any more, or the disk is full
+            raise failure
     print(decoder.decode(b"", final=True) + "\n" + "-" * 80)
 
 
@@ -31,8 +34,8 @@ def main(argv=None):
     add("--start", default="\n", help="the text to continue, a newline if not given; FILE:path reads it from a file")
     add("--num_samples", type=count, default=1, help="how many continuations")
     add("--max_new_tokens", type=count, default=500, help="tokens to generate; block_size is no limit")
-    add("--temperature", type=flags.parsed(float, at_least=0.01), default=0.8,
-        help="divides the logits: below 1 more predictable, above 1 more random")
+    add("--temperature", type=flags.parsed(float, at_least=0), default=0.8,
+        help="divides the logits: below 1 more predictable, above 1 more random; 0: greedy")
     add("--top_k", type=count, help="sample from the k most likely tokens; 1: greedy")
     nanogpt.add_meta_flag(parser)
     add("--seed", type=flags.parsed(int, at_least=0, at_most=2**32), default=1, help="of the random choices")
@@ -45,9 +48,8 @@ def main(argv=None):
     checkpoint = load_checkpoint(args.out_dir)
     nanogpt.fill_in_tokenizers([checkpoint], args.meta)
     tokenizer = load_tokenizer(checkpoint["tokenizer"])
-    start = args.start
-    if start.startswith("FILE:"):
-        start = read_text(Path(start.removeprefix("FILE:")))
+    path = args.start.removeprefix("FILE:")
+    start = unix_lines(path) if path == args.start else read_text(Path(path))
     if not start:
         raise ValueError(f"{args.start} is empty: the model needs at least one token to continue")
     if unknown := tokenizer.unknown_characters(start):
@@ -69,4 +71,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    flags.run(main)
+    flags.run(main, takes_memory="--max_new_tokens")

@@ -11,9 +11,9 @@ leaves in OUT_DIR: ckpt.pt (the latest state, all that --resume needs), best.pt 
 loss) and log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
 """
 import math
+import os
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -22,7 +22,15 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from common import flags
-from common.checkpoint import append_log, copy_matching_weights, cut_log, exclusive, load_checkpoint, save_checkpoint
+from common.checkpoint import (
+    append_log,
+    copy_matching_weights,
+    cut_log,
+    exclusive,
+    load_checkpoint,
+    missing,
+    save_checkpoint,
+)
 from common.device import (
     Device,
     DeviceConfig,
@@ -35,6 +43,7 @@ from common.device import (
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data import nanogpt
 from data.loader import DEFAULT_DATASET, open_to_train, token_tensor, training_batch, validation_batches
+from data.prepare import dataset_path
 from model import GPT, ROTARY, GPTConfig, setting
 
 
@@ -61,8 +70,7 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     save_minutes: float = setting(10.0, "minutes after which a checkpoint is saved in any case", at_least=0)
     keep_every: int | None = setting(None, "keep the weights of every N-th step, as ckpt_00000N.pt", at_least=1)
     compile: bool | None = setting(None, "torch.compile: the first step takes a minute, the others less time; default: "
-                                   "on for 1,000 steps or more at width 256 or more, if Triton can build kernels for "
-                                   "the GPU")
+                                   "on a GPU for 1,000 steps or more at width 256 or more, if it works there")
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,19 +164,23 @@ class Run:
         self.iter += 1
 
     @torch.no_grad()
-    def evaluate(self):
-        """Loss on the same validation tokens each time -> {"val_loss": ...}. Writes best.pt if it is the lowest."""
-        self.evaluated = self.iter
-        if self.device.rank > 0:
-            return {}
-        config, losses = self.config, []
+    def validation_loss(self, n_batches):
+        """The loss on so many batches of validation text, the same each time."""
+        losses = []
         self.model.eval()
-        for x, y in validation_batches(self.ids["val"], config.batch_size, self.model.config.block_size,
-                                       config.eval_iters, self.device.torch_device):
+        for x, y in validation_batches(self.ids["val"], self.config.batch_size, self.model.config.block_size,
+                                       n_batches, self.device.torch_device):
             with self.device.autocast():
                 losses.append(self.model(x, y)[1].item())
         self.model.train()
-        self.val_loss = sum(losses) / len(losses)
+        return sum(losses) / len(losses)
+
+    def evaluate(self):
+        """-> {"val_loss": ...} of the weights as they are now. Writes best.pt if it is the lowest."""
+        self.evaluated = self.iter
+        if self.device.rank > 0:
+            return {}
+        self.val_loss = self.validation_loss(self.config.eval_iters)
         if self.val_loss < self.best_val_loss:
             best = {**self.weights(), "val_loss": self.val_loss, "best_val_loss": self.val_loss}
             if self.write(save_checkpoint, "best.pt", best):
@@ -214,27 +226,26 @@ class Run:
             rate = (bar.format_dict["rate"] or 0) * self.tokens_per_step
             bar.set_postfix(loss=f"{self.train_loss.item():.3f}", **val, tokens_per_s=f"{rate:,.0f}", refresh=False)
 
-    def check_health(self):
-        """Raise RuntimeError if the run has diverged, before bad weights replace a good checkpoint."""
+    def check_health(self, saving=False):
+        """Raise RuntimeError if the run has diverged. The training loss is that of the weights before the last step;
+        what is to be saved is judged by itself, before it replaces a good checkpoint."""
         if self.iter == self.first:
             return
-        limit = 3 * math.log(self.model.config.vocab_size)  # a uniform guess costs ln V
-        losses = {"loss": self.train_loss.item()}
-        if self.evaluated == self.iter and self.val_loss is not None:  # that of the weights as they are now
-            losses["validation loss"] = self.val_loss
-        grad_norm = self.grad_norm.item()
-        finite = math.isfinite(grad_norm) or self.scaler.is_enabled()  # the scaler skips overflows
+        losses, grad_norm = {"loss": self.train_loss.item()}, self.grad_norm.item()
+        if saving and self.device.rank == 0:
+            evaluated = self.evaluated == self.iter
+            losses["validation loss"] = self.val_loss if evaluated else self.validation_loss(1)
+        kept = f"{self.config.out_dir}/ckpt.pt still holds step {self.saved:,}"
         if self.overflows_in_a_row >= 20:
             raise RuntimeError(f"the last {self.overflows_in_a_row} gradients overflowed in float16, and no step was "
-                               "taken: start again in another --out_dir with --dtype float32 or bfloat16; "
-                               f"{self.config.out_dir}/ckpt.pt still holds step {self.saved:,}")
-        if finite and all(loss < limit for loss in losses.values()):
-            return
-        raise RuntimeError(
-            f"training has diverged: {', '.join(f'{name} {loss:.4g}' for name, loss in losses.items())}, gradient norm "
-            f"{grad_norm:.4g} at step {self.iter:,}, learning rate {self.lr:.3g}. {self.config.out_dir}/ckpt.pt still "
-            f"holds step {self.saved:,}; start again in another --out_dir with a lower --learning_rate, more "
-            "--warmup_iters or a lower --grad_clip")
+                               f"taken: start again in another --out_dir with --dtype float32 or bfloat16; {kept}")
+        finite = math.isfinite(grad_norm) or self.scaler.is_enabled()  # the scaler skips overflows
+        limit = 3 * math.log(self.model.config.vocab_size)  # a uniform guess costs ln V
+        if not (finite and all(loss < limit for loss in losses.values())):
+            found = ", ".join(f"{name} {value:.4g}" for name, value in {**losses, "gradient norm": grad_norm}.items())
+            raise RuntimeError(
+                f"training has diverged: {found} at step {self.iter:,}, learning rate {self.lr:.3g}. {kept}; start "
+                "again in another --out_dir with a lower --learning_rate, more --warmup_iters or a lower --grad_clip")
 
     def weights(self):
         """What evaluation and sampling need, and how far the run is."""
@@ -242,6 +253,7 @@ class Run:
         return {"config": network, "model": self.model.state_dict(), "tokenizer": self.meta["tokenizer"],
                 "args": {**network, **asdict(self.config)},
                 "dataset": {"path": self.config.dataset, "sha256": self.meta["sha256"]},
+                "threads": torch.get_num_threads(),  # which the last bits of a CPU's sums depend on
                 "iter": self.iter, "best_val_loss": self.best_val_loss, "logged": self.evaluated,
                 "seconds": time.time() - self.started}
 
@@ -251,26 +263,33 @@ class Run:
                 "rng": self.device.get_rng_state(), "loss_sum": self.loss_sum, "loss_count": self.loss_count}
 
     def load(self, state):
-        """Continue from what state() returned."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty if the run started in another number format
-            self.scaler.load_state_dict(state["scaler"])
-        self.device.set_rng_state(state["rng"])
+        """Continue from what state() returned. Raises ValueError if something is missing there."""
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if state["scaler"]:  # empty if the run started in another number format
+                self.scaler.load_state_dict(state["scaler"])
+            self.device.set_rng_state(state["rng"])
+            self.best_val_loss, self.evaluated = state["best_val_loss"], state["logged"]
+            self.started = time.time() - state["seconds"]  # earlier sessions count
+            self.loss_sum += state.get("loss_sum", 0)
+        except (LookupError, TypeError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"ckpt.pt is damaged ({type(error).__name__}): it can be scored and sampled, perhaps, but "
+                             "not resumed") from error
+        if not Path(self.config.out_dir, "best.pt").exists():
+            self.best_val_loss = math.inf  # that of a file
         self.iter = self.first = self.saved = state["iter"]
-        self.best_val_loss, self.evaluated = state["best_val_loss"], state["logged"]
-        self.started = time.time() - state["seconds"]  # earlier sessions count
-        self.loss_sum += state.get("loss_sum", 0)
+        self.threads = state.get("threads")
         self.loss_count = state.get("loss_count", 0)
 
     def save(self):
-        self.check_health()
+        self.check_health(saving=True)
         self.saved_at = time.time()  # even if it fails: a full disk is not tried again at every step
         if self.write(save_checkpoint, "ckpt.pt", self.state()):
             self.saved = self.iter
 
     def keep(self):
-        self.check_health()
+        self.check_health(saving=True)
         self.write(save_checkpoint, f"ckpt_{self.iter:06d}.pt", self.weights())
 
     def write(self, write, name, content):
@@ -281,16 +300,15 @@ class Run:
             write(Path(self.config.out_dir, name), content)
         except OSError as error:
             self.write_error = error
-            say(f"warning: {error}; training continues")
+            say(f"warning: {flags.describe(error)}; training continues")
             return False
         return True
 
 
 def say(text):
-    """Print a line. If nobody reads it, or the disk it goes to is full, training continues all the same."""
-    with suppress(OSError):
-        tqdm.write(text)
-        sys.stdout.flush()
+    """Print a line above the progress bar, at once."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def describe_network(model):
@@ -330,26 +348,29 @@ def describe_run(run, copied=None):
         same, new, left_out = copied
         say(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
             f"{', '.join(left_out) or 'none'}")
-    if run.iter:
-        over = config.max_iters > run.iter >= config.lr_decay_iters
-        say(f"resuming  after step {run.iter:,}" + over * (
-            f"; the schedule ended at step {config.lr_decay_iters:,}, so the learning rate stays at its minimum"))
+    if run.first:
+        say(f"resuming  after step {run.first:,}" + (run.first < config.max_iters > config.lr_decay_iters) * (
+            f"; the schedule ends at step {config.lr_decay_iters:,}, so from there on the learning rate stays at its "
+            "minimum"))
+        if run.device.type == "cpu" and run.threads not in (None, torch.get_num_threads()):
+            say(f"note      {run.threads} threads before, {torch.get_num_threads()} now: sums are rounded in another "
+                "order, so the last bits will differ from those of an uninterrupted run")
 
 
 def describe_result(run, stopped):
     """Say how a run has ended and what to do next."""
     out_dir = run.config.out_dir
     if stopped:
-        say(f"stopped after step {run.iter:,}, everything is saved; continue with: python train.py --resume "
-            f"--out_dir {out_dir}")
+        say(f"stopped after step {run.iter:,}, everything is saved; continue with: "
+            + flags.command("train.py", "--resume", "--out_dir", out_dir))
         return
     if run.overflows:
         say(f"note: in {run.overflows:,} of {run.iter - run.first:,} steps the gradient overflowed in float16, and the "
             "step was left out")
     say(f"lowest validation loss {run.best_val_loss:.4f} nats per token; {(time.time() - run.started) / 60:.1f} "
         f"minutes; saved in {out_dir}")
-    say(f"score it beyond the trained context:  python eval_extrapolation.py {out_dir}")
-    say(f"read what it writes:                  python sample.py --out_dir {out_dir}")
+    say(f"score it beyond the trained context:  {flags.command('eval_extrapolation.py', out_dir)}")
+    say(f"read what it writes:                  {flags.command('sample.py', '--out_dir', out_dir)}")
 
 
 def parse(argv):
@@ -364,24 +385,36 @@ def parse(argv):
     if args.resume:
         checkpoint = load_checkpoint(Path(args.out_dir, "ckpt.pt"))
         args = parse_resumed(parser, argv, checkpoint)
-    elif any(Path(args.out_dir).glob("*.pt")):
-        raise ValueError(f"{args.out_dir} holds a run: add --resume to continue it, or choose another --out_dir")
-    elif args.init_from:
+    else:
+        check_free(args.out_dir)
+    if args.init_from and not args.resume:
         checkpoint = load_checkpoint(args.init_from)
         was = checkpoint["config"]
-        parser.set_defaults(**{name: was[name] for name in NETWORK_FLAGS if name in was})
+        parser.set_defaults(**{name: was[name] for name in NETWORK_FLAGS})
         args = parser.parse_args(argv)
-        if args.rope_scaling not in ("none", was.get("rope_scaling")) and not args.rope_context:
+        if args.rope_scaling not in ("none", was["rope_scaling"]) and not args.rope_context:
             args.rope_context = was["block_size"]  # a new scaling starts from the context of the checkpoint
     network = GPTConfig(**{name: getattr(args, name) for name in NETWORK_FLAGS})
-    return network, TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)}), checkpoint
+    config = TrainConfig(**{field.name: getattr(args, field.name) for field in fields(TrainConfig)})
+    path = Path(os.path.abspath(dataset_path(config.dataset)))  # to be found from any folder, with a moved project, too
+    config.dataset = str(path.relative_to(flags.PROJECT) if path.is_relative_to(flags.PROJECT) else path)
+    return network, config, checkpoint
+
+
+def check_free(out_dir):
+    """Raise ValueError if a folder holds weights that a new run would replace. Those of step 0 hold nothing yet."""
+    files = {path.name for path in Path(out_dir).glob("*.pt")}
+    if "ckpt.pt" in files:
+        raise ValueError(f"{out_dir} holds a run: add --resume to continue it, or choose another --out_dir")
+    if files > {"best.pt"} or (files and load_checkpoint(out_dir)["iter"]):
+        raise ValueError(f"{missing(Path(out_dir, 'ckpt.pt'))}, or delete this folder")
 
 
 def parse_resumed(parser, argv, checkpoint):
     """Parse argv with the flags of the run in a checkpoint as defaults.
 
     Raises ValueError if a flag that is not in FREE_ON_RESUME has changed."""
-    if "optimizer" not in checkpoint:
+    if not checkpoint["dataset"] or "optimizer" not in checkpoint:
         raise ValueError("ckpt.pt holds weights only, which can be scored, sampled and named by --init_from, but not "
                          "resumed")
     stored = {"optimizer": "adamw", **checkpoint["args"]}  # older checkpoints were all trained with it

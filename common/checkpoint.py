@@ -7,12 +7,15 @@ run), dataset (path, sha256), iter, val_loss and, in ckpt.pt, everything that --
 import json
 import math
 import os
+import shlex
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from common.flags import command, describe
 from model import GPT, GPTConfig
 
 # --- Atomic writes ----------------------------------------------------------------------------------------------------
@@ -46,7 +49,12 @@ def lock(folder, wait):
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError as error:  # some network file systems have no locks
+            print(f"note: {folder} cannot be locked ({error.strerror}): let only one process write to it")
         yield
     finally:
         os.close(handle)
@@ -71,38 +79,56 @@ def save_checkpoint(path, checkpoint):
     try:
         with replacing(path) as file:
             torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
-        raise OSError(f"{path} could not be written, the previous file is kept: {error}") from error
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__ or error  # torch's own hides the disk's
+        raise OSError(f"{path} could not be written, the previous file is kept: {describe(cause)}") from error
 
 
 def load_checkpoint(path):
     """A checkpoint file, or the one in a run's folder (best.pt, else ckpt.pt) -> dict.
 
     Reads nanoGPT's ckpt.pt too, which holds neither dataset nor tokenizer (None). Executes nothing in the file
-    (weights_only). Raises FileNotFoundError, or ValueError if the file is not a checkpoint of either project."""
+    (weights_only). Raises OSError if it cannot be read, ValueError if it is not a checkpoint of either project."""
     path = Path(path)
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
     if not path.exists():
-        run = path.parent if path.suffix == ".pt" else path
-        if inside := sorted({str(file.parent) for file in run.glob("*/*.pt")}):
-            raise FileNotFoundError(f"{run} is not a run but holds {len(inside)}: name them: {' '.join(inside)}")
-        raise FileNotFoundError(f"no checkpoint at {path}: train one with `python train.py --out_dir {run}`")
+        raise FileNotFoundError(missing(path))
+    with open(path, "rb") as file:
+        try:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+            if "model_args" in checkpoint:
+                checkpoint = from_nanogpt(checkpoint)
+            checkpoint = {"tokenizer": None, "args": {"seed": None}, "dataset": None, "iter": 0, **checkpoint}
+            for name, kinds in KINDS.items():
+                if not isinstance(checkpoint[name], kinds):
+                    raise TypeError(f"{name} is {type(checkpoint[name]).__name__}")
+            checkpoint["args"].setdefault("seed", None)
+            checkpoint["dataset"] = checkpoint["dataset"] or None
+        except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
+            others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
+            raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})"
+                             + (f"; the same folder holds {', '.join(others)}" if others else "")) from error
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "model_args" in checkpoint:
-            checkpoint = from_nanogpt(checkpoint)
-        config = dict(checkpoint["config"])
-    except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
-        others = [other.name for other in sorted(path.parent.glob("*.pt")) if other != path]
-        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({type(error).__name__})"
-                         + (f"; the same folder holds {', '.join(others)}" if others else "")) from error
-    try:
-        GPTConfig(**config)
+        checkpoint["config"] = asdict(GPTConfig(**checkpoint["config"]))  # with fields that came later
     except (TypeError, ValueError) as error:  # a field or an encoding that this model.py does not have
         words = str(error).removeprefix("GPTConfig.__init__() ")
         raise ValueError(f"{path} needs another model.py than this one: {words}") from error
     return checkpoint
+
+
+KINDS = {"config": dict, "model": dict, "args": dict, "iter": int, "tokenizer": dict | None, "dataset": dict | None}
+
+
+def missing(path):
+    """What to do if there is no checkpoint at a path: the runs below it, the weights beside it, a new run."""
+    run = path.parent if path.suffix == ".pt" else path
+    if inside := sorted({str(file.parent) for file in run.glob("*/*.pt")}):
+        return f"{run} is not a run but holds {len(inside)}: name them: {shlex.join(inside)}"
+    if others := sorted(run.glob("*.pt")):
+        start = command("train.py", "--init_from", others[0], "--out_dir", f"{run}_next")
+        return f"{run} has no {path.name}, and {others[0].name} holds weights only: start from them with `{start}`"
+    return f"no checkpoint at {path}: train one with `{command('train.py', '--out_dir', run)}`"
 
 
 def from_nanogpt(checkpoint):
@@ -135,7 +161,7 @@ def copy_matching_weights(model, checkpoint):
     differs, with what differs."""
     was, now = checkpoint["config"], asdict(model.config)
     fixed = [name for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
-             if was.get(name, now[name]) != now[name]]
+             if was[name] != now[name]]
     if fixed:
         raise ValueError("--init_from cannot change " + ", ".join(f"{name} ({was[name]} there, {now[name]} here)"
                                                                   for name in fixed) + ": leave these flags out")
@@ -166,19 +192,25 @@ def append_log(path, line):
 def cut_log(path, last_iter):
     """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short.
 
-    Raises ValueError, and leaves the file as it is, if its first line is not one of this project's."""
-    kept, opening = [], '{"iter": '  # of a line
+    last_iter: -1 for a new run, which puts the log of one whose checkpoints are gone aside. Raises ValueError, and
+    leaves the file as it is, if it is not this project's."""
+    kept, opening, older = [], '{"iter": ', False  # opening of a line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     foreign = lines and not opening.startswith(lines[0][:len(opening)])
     for line in lines:
         try:
-            step = json.loads(line)["iter"]
+            row = json.loads(line)
+            if row["iter"] <= last_iter:
+                kept.append(line + "\n")
+            elif last_iter < 0 < row["iter"]:
+                older, foreign = True, foreign or "tokens" not in row
         except (ValueError, KeyError, TypeError):
             break
-        if step <= last_iter:
-            kept.append(line + "\n")
-        foreign = foreign or last_iter < 0 < step  # a new run may follow one that was killed before its first step
     if foreign:
         raise ValueError(f"{path} is not the log of this run: move it or choose another --out_dir")
+    if older:
+        aside = path.with_name(f"log_before_{time.time():.0f}.jsonl")
+        os.replace(path, aside)
+        print(f"note: {path} is that of an earlier run and is now {aside}")
     with replacing(path) as file:
         file.write("".join(kept).encode())

@@ -8,15 +8,19 @@ Command-line flags, made from the fields of a dataclass or read from @FILE; an e
 import argparse
 import dataclasses
 import difflib
+import errno
 import math
 import os
 import re
 import shlex
+import shutil
 import sys
 import typing
+from contextlib import suppress
 from pathlib import Path
 
-from model import GPTConfig, check_value
+from common.device import is_out_of_memory
+from model import ROTARY, GPTConfig, check_value
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -35,15 +39,38 @@ class ArgumentParser(argparse.ArgumentParser):
     hints: flags that do not exist, or "--flag value", -> what to do instead."""
 
     def __init__(self, description, hints=None):
-        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False,
-                         formatter_class=HelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter)
         self.hints = hints or {}
 
-    def convert_arg_line_to_args(self, line):
-        return map(located, shlex.split(line, comments=True))
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args(self.expand(sys.argv[1:] if args is None else args), namespace)
+
+    def expand(self, args, files=()):
+        """Put the words of each @FILE in its place, unless it is the value of a flag, as in --start "@property"."""
+        words = []
+        for arg in args:
+            before = self._option_string_actions.get(words[-1]) if words else None
+            wants_value = before is not None and before.nargs in (None, "+")
+            if wants_value and before.nargs is None and re.match("-(?!-[a-z])", arg):  # --start "-x": no flag either
+                words[-1] += f"={arg}"
+            elif arg.startswith("@") and not wants_value:
+                words += self.expand(self.words_in(located(arg)[1:], files), [*files, located(arg)[1:]])
+            else:
+                words.append(arg)
+        return words
+
+    def words_in(self, path, files):
+        """The words of a file of flags. A backslash is an ordinary character, as paths of Windows have them."""
+        try:
+            if path in files:
+                raise ValueError("it reads itself")
+            lexer = shlex.shlex(Path(path).read_text(encoding="utf-8-sig"), posix=True)
+            lexer.whitespace_split, lexer.escape = True, ""
+            return list(lexer)
+        except (OSError, ValueError) as error:
+            self.error(f"@{path} cannot be read as a file of flags in UTF-8: {describe(error)}")
 
     def parse_args(self, args=None, namespace=None):
-        args = list(map(located, sys.argv[1:] if args is None else args))
         args, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(self.explain(unknown[0].split("=")[0]))
@@ -125,7 +152,10 @@ def add_flags(parser, config, *names, **changes):
             options = {"type": parsed(kind, **limits)}
         choices = limits.get("one_of", ())
         words = "; ".join(map(summary, choices.items())) if choices and field.name == "pe" else ", ".join(choices)
-        options |= {"default": field.default, "help": f"{field.metadata['help']}{': ' * bool(words)}{words}", **changes}
+        help = f"{field.metadata['help']}{': ' * bool(words)}{words}"
+        if users := field.metadata["used_by"]:
+            help = f"{', '.join(users)}: {help}"
+        options |= {"default": field.default, "help": help, **changes}
         parser.add_argument(f"--{field.name}", **options)
 
 
@@ -154,34 +184,98 @@ def note_idle_factor(args):
 def idle(config, optimizer=None):
     """Names of the flags that have no effect with a GPTConfig and an optimizer, as hope_cutoff with pe rope."""
     short = "S" in config.kinds()
-    encodings = {config.pe, config.local_pe if short else None}
+    kinds = [config, config.local()] if short else [config]
+    encodings = {kind.pe for kind in kinds}
     names = {field.name for field in dataclasses.fields(config)
              if field.metadata["used_by"] and not encodings.intersection(field.metadata["used_by"])}
     if not short:
         names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
-    if config.rope_scaling == "none":
-        names |= {"rope_factor"} | (set() if "hope" in encodings else {"rope_context"})  # HoPE's cut follows from it
+    elif config.window == 0 and (kinds[1].pe, kinds[1].rope_base) == (config.pe, config.rope_base):
+        names |= {"window_pattern"}  # all layers are alike
+    if short and kinds[1].pe not in ROTARY:
+        names |= {"local_rope_base"}
+    if short and config.local_rope_base and config.pe not in ROTARY:
+        names |= {"rope_base"}
+    if not any(kind.rope_scaling != "none" and kind.pe in ROTARY for kind in kinds):
+        names |= {"rope_factor"}
+        names |= set() if "hope" in encodings else {"rope_context"}  # HoPE's cut follows from it
     if optimizer == "adamw":
         names |= {"muon_learning_rate", "muon_momentum"}
     return names
 
 
-def run(main):
+def command(script, *arguments):
+    """A command of this project as a user can paste it into a shell, from the folder and with the Python of now."""
+    activated = Path(shutil.which("python") or "").parent == Path(sys.executable).parent
+    path = script if Path.cwd() == PROJECT else PROJECT / script
+    return shlex.join(map(str, ["python" if activated else sys.executable, path, *arguments]))
+
+
+# --- Running a script -------------------------------------------------------------------------------------------------
+
+REMEDIES = {errno.ENOSPC: "free some space", errno.EDQUOT: "free some space", errno.ENOENT: "check the path",
+            errno.EACCES: "change its permissions or choose another path",
+            **dict.fromkeys((errno.EROFS, errno.EEXIST, errno.EISDIR, errno.ENOTDIR), "choose another path")}
+
+
+class Output:
+    """stdout or stderr, of which a failure does not end the work: after the first OSError it goes to os.devnull."""
+
+    def __init__(self, stream):
+        self.stream, self.failure = stream or open(os.devnull, "w"), None  # None: closed with >&-
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")  # a console of Windows may not have all characters
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, *text, act="write"):
+        try:
+            getattr(self.stream, act)(*text)
+        except OSError as error:
+            self.failure = error
+            error.filename = getattr(self.stream, "name", None)  # <stdout>
+            with suppress(OSError), open(os.devnull, "w") as null:  # a stream that is no file raises OSError
+                os.dup2(null.fileno(), self.stream.fileno())
+
+    def flush(self):
+        self.write(act="flush")
+
+
+def describe(error):
+    """An exception in one line; an OSError with its path, its cause and what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        parts = error.filename, error.strerror, REMEDIES.get(error.errno)
+        return ": ".join(str(part) for part in parts if part)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run(main, takes_memory=""):
     """Call main(). Turn a failure into one line on stderr and an exit code.
 
     2: the command, or a file that it names, has to change (ValueError, a missing file).
     1: it was correct and failed later (OSError, RuntimeError, a missing package). 130: Ctrl-C.
-    Any other exception is a defect of this project and keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a console of Windows may not have all characters
+    Any other exception is a defect of this project and keeps its traceback.
+    takes_memory: the flags to lower if there is too little."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = out, err = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
+        out.flush()
+        if out.failure and out.failure.errno not in (errno.EPIPE, errno.EIO):  # a reader or a terminal that has gone
+            raise out.failure
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader, such as `| head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        pass
+    except (ValueError, OSError, RuntimeError, ImportError, MemoryError) as error:
+        text = describe(error)
+        if takes_memory and is_out_of_memory(error):
+            text = f"out of memory: lower {takes_memory} ({text})"
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=err)
         wrong_command = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
         sys.exit(2 if isinstance(error, wrong_command) else 1)
+    finally:
+        out.flush()
+        err.flush()
+        sys.stdout, sys.stderr = streams

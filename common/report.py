@@ -3,6 +3,7 @@ What scripts show: tables, JSON files, pictures, means with their standard error
 """
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -70,6 +71,8 @@ def check_output(path, suffixes=None):
     path = Path(path)
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} to write {path} to: make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path} cannot be written: choose another folder or change the permissions of this one")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is not a file that can be written: choose another name")
     if suffixes and path.suffix not in suffixes:
@@ -128,6 +131,16 @@ def styles(runs):
         color, marker = STYLES.get(run["pe"], ("#666666", "*"))
         found.append({"color": color, "marker": marker, "linestyle": lines[i % len(lines)]})
     return found
+
+
+def label_ends(axes, lines):
+    """Name lines at the right edge of their panel instead of in a legend. lines: (last value, name, colour), from the
+    top; names that would overlap move down."""
+    lowest = 1.1
+    for value, name, color in lines:
+        x, y = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))
+        lowest = min(y, lowest - 0.06)
+        axes.annotate(f" {name}", (1, lowest), xycoords="axes fraction", va="center", color=color, weight="bold")
 
 
 def save_picture(figure, path):

@@ -12,13 +12,13 @@ evaluate      all buckets from one pass against one pass per bucket; how the tim
 memory        peak memory of an evaluation to 64 L, each encoding in its own process
 windows       layers with windows against the same network without: a training step, 1,000 new tokens, an evaluation to
               16 L and to 64 L, and what the cache holds
-profile       which parts of a training step take its CPU time
+profile       which parts of a training step, not compiled, take its time on the device
 compile       a training step through torch.compile against the same step without it
 time_to_loss  how long each way to train takes to the loss that the first one ends with (see race())
 
---optimizer, --dtype and --compile apply to training, where nanoGPT's network has AdamW and, on a CPU, float32. All else
-runs as evaluation and sampling do on a CPU, in float32. --pe takes encodings or arrangements of layers
-(experiments/groups.py).
+--optimizer, --dtype and --compile apply to training. nanoGPT's network has AdamW, our format, compiler and kernels, and
+on a CPU float32, as in its train.py. All else runs as evaluation and sampling do, in float32. --pe takes encodings or
+arrangements of layers (experiments/groups.py).
 
 A ratio is the median of the ratios within each round, not the ratio of the medians: two calls that follow each other
 are slowed down alike by whatever else the machine does. nope against itself shows how much of a ratio is chance.
@@ -44,7 +44,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -59,7 +58,7 @@ from data.loader import open_dataset, token_tensor, training_batch
 from eval_extrapolation import bucket_edges, score, windows_at_a_time
 from experiments.curves import draw_line
 from experiments.groups import fields_of
-from experiments.nanogpt import PlainGPT, nanogpt_run
+from experiments.nanogpt import PlainGPT, nanogpt_device, nanogpt_optimizer, nanogpt_run
 from model import GPT, PE, GPTConfig, KVCache
 from train import Run, TrainConfig
 
@@ -76,8 +75,8 @@ def seconds(call, device):
     """The time that call() takes, including the work that a GPU has queued."""
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter() - start
 
 
@@ -144,15 +143,23 @@ def bench_train(args, config, device):
     return results
 
 
+def plain_step(args, config, x, y, device):
+    """-> a function that takes one training step of nanoGPT's network, as step_of does for ours."""
+    own_device = nanogpt_device(device)
+    model = PlainGPT(GPTConfig(**config)).to(device.torch_device)
+    optimizer = nanogpt_optimizer(model, device)
+    model = torch.compile(model) if will_compile(args, device) else model
+    return partial(training_step, model, optimizer, x, y, own_device.autocast()), own_device.dtype
+
+
 def bench_against_plain(args, config, device, make_step):
     torch.compiler.reset()
     x, y = make_step.keywords["x"], make_step.keywords["y"]
-    plain = PlainGPT(GPTConfig(**config)).to(device.torch_device)
-    optimizer = torch.optim.AdamW(plain.parameters())
-    calls = {"plain GPT, float32": partial(training_step, plain, optimizer, x, y, nullcontext()),
-             "ours, learned": make_step("learned"), "ours, hope": make_step("hope")}
+    plain, dtype = plain_step(args, config, x, y, device)
+    name = f"plain GPT, {str(dtype).removeprefix('torch.')}"
+    calls = {name: plain, "ours, learned": make_step("learned"), "ours, hope": make_step("hope")}
     timed = in_turns(calls, args.repeats, device.torch_device, SETTLE)
-    found = print_times(f"a training step, {device.dtype}, against a plain GPT in float32", timed)
+    found = print_times(f"a training step, {device.dtype}, {args.optimizer}, against a {name} with AdamW", timed)
     for name, (median, _) in timed.items():
         print(f"  {name:24} {x.numel() / median:10,.0f} tokens/s")
     if device.type == "cuda":
@@ -329,12 +336,13 @@ def make_runs(args, config, device, seed, out_dir):
                                 "optimizer": "adamw" if name == "nanogpt" else name})
         label = name + (f" {rate:g}" if rate else "") + f", {steps} steps"
         if name == "nanogpt":
-            dtype = args.dtype if device.type == "cuda" else "float32"  # as in its train.py
-            own_device = Device(DeviceConfig(args.device, dtype), training_width=args.n_embd)
-            runs[label] = nanogpt_run(sizes, chosen, meta, ids, own_device)
+            runs[label] = nanogpt_run(sizes, chosen, meta, ids, nanogpt_device(device))
             continue
         for pe in args.pe or ["hope"]:
             runs[f"{pe} {label}"] = Run(GPTConfig(**sizes, **fields_of(pe)), chosen, meta, ids, device)
+    if len(runs) > 8 and next(iter(runs.values())).compiled:
+        raise ValueError(f"{len(runs)} runs are too many: in a process torch compiles a function eight times and then "
+                         "leaves it uncompiled; race eight at most, or add --no-compile")
     return runs
 
 
@@ -422,22 +430,26 @@ PARTS = {"attention": ("scaled_dot_product", "flash_attention"), "Muon": ("bmm",
 
 
 def bench_profile(args, config, device):
-    """Share of each part in the CPU time of a training step, and the speed of its matrix products."""
-    step = step_maker(args, config, device)("hope")
+    """Share of each part in the time of a training step on the device, and the speed of its matrix products.
+
+    Not compiled: a kernel that the compiler has made belongs to several parts."""
+    step = step_maker(args, config, device)("hope", compiled=False)
     for _ in range(SETTLE):
         step()
     with torch.profiler.profile() as profiler:
         for _ in range(args.repeats):
             step()
     spent = dict.fromkeys([*PARTS, "rest (Python, batch, embedding)"], 0.0)
+    clock = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"  # microseconds of all steps
     for event in profiler.key_averages():
-        matching = [part for part, words in PARTS.items() if any(word in event.key for word in words)]
-        spent[(matching or list(spent)[-1:])[0]] += event.self_cpu_time_total / 1e6 / args.repeats  # seconds per step
+        if event.device_type == torch.autograd.DeviceType.CPU:  # operators; their kernels are listed again
+            matching = [part for part, words in PARTS.items() if any(word in event.key for word in words)]
+            spent[(matching or list(spent)[-1:])[0]] += getattr(event, clock) / 1e6 / args.repeats  # seconds per step
     total, C = sum(spent.values()), args.n_embd
     flops = 6 * args.batch_size * args.block_size * (12 * args.n_layer * C * C + args.vocab_size * C)
     x = torch.randn(1024, 1024, dtype=device.dtype, device=device.torch_device)
     fastest = 2 * 1024 ** 3 / min(seconds(lambda: x @ x, device.torch_device) for _ in range(20))
-    print(f"\na training step of hope, {args.optimizer}, {device.dtype}: {1000 * total:.0f} ms of CPU time")
+    print(f"\na training step of hope, {args.optimizer}, {device.dtype}: {1000 * total:.0f} ms on {device}")
     for part, time_spent in spent.items():
         print(f"  {part:32} {time_spent / total:6.1%}")
     reached = flops / spent["matrix products"]

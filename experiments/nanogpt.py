@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from common.device import Device, DeviceConfig
+from common.optimizer import FUSED
 from model import GPTConfig
 from train import Run
 
@@ -47,14 +49,24 @@ class PlainGPT(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def nanogpt_device(device):
+    """Where it computes, given where ours does: in the same number format, but on a CPU in float32, as its train.py."""
+    return Device(DeviceConfig("cpu", "float32")) if device.type == "cpu" else device
+
+
+def nanogpt_optimizer(model, device):
+    """Its AdamW, fused wherever ours is."""
+    matrices, vectors = ([p for p in model.parameters() if (p.dim() == 2) == kind] for kind in (True, False))
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": SETTINGS["weight_decay"]},
+                              {"params": vectors, "weight_decay": 0.0}], lr=SETTINGS["learning_rate"],
+                             betas=(SETTINGS["beta1"], SETTINGS["beta2"]), fused=device.type in FUSED)
+
+
 def nanogpt_run(sizes, config, meta, ids, device):
     """-> a train.Run with nanoGPT's network and optimizer. sizes: fields of GPTConfig; config: a TrainConfig."""
     run = Run(GPTConfig(**sizes, pe="learned", bias=False), replace(config, **SETTINGS), meta, ids, device)
     torch.manual_seed(config.seed)
     run.model = PlainGPT(run.model.config).to(device.torch_device)
     run.compiled_model = torch.compile(run.model) if run.compiled else run.model
-    matrices, vectors = ([p for p in run.model.parameters() if (p.dim() == 2) == kind] for kind in (True, False))
-    groups = [{"params": matrices, "weight_decay": SETTINGS["weight_decay"]}, {"params": vectors, "weight_decay": 0.0}]
-    run.optimizer = torch.optim.AdamW(groups, lr=SETTINGS["learning_rate"], fused=device.type == "cuda",
-                                      betas=(SETTINGS["beta1"], SETTINGS["beta2"]))
+    run.optimizer = nanogpt_optimizer(run.model, device)
     return run

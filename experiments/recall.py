@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from common import flags, report
 from common.checkpoint import load_checkpoint, load_model, replacing
-from common.device import Device, DeviceConfig
+from common.device import Device, DeviceConfig, check_computation
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
@@ -212,7 +212,7 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
             predicted = logits[which, at + scored_from - 1:at + passage - 1].float()  # (P - scored_from, V)
             found.setdefault(f"{name}_accuracy", []).append((predicted.argmax(-1) == target).float().mean())
             found.setdefault(f"{name}_loss", []).append(F.cross_entropy(predicted, target))
-    found = {name: torch.stack(values) for name, values in found.items()}  # (N,) each
+    found = {name: torch.stack(values).cpu() for name, values in found.items()}  # (N,) each; MPS has no float64
     found["gain"] = found["unseen_loss"] - found["second_loss"]
     bucket = {"distance": distance, "length": distance + passage}
     for name, values in found.items():
@@ -246,6 +246,7 @@ def test_language_models(args, device):
                                                                             device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
         model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        check_computation(model, device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
                      "needles": [copy_in_text(model, windows, needles, distance, passages.size(1) // 2)

@@ -179,5 +179,16 @@ def at_batch(monkeypatch):
     return at
 
 
+def unwritable(kind):
+    """A stdout of which every line fails: "pipe" that nobody reads any more, "full" disk, "closed" with >&-."""
+    if kind == "closed":
+        return None
+    if kind == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open("/dev/full", "w", buffering=1) if kind == "full" else os.fdopen(writer, "w", buffering=1)
+
+
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,68 @@ def test_the_benchmark_of_the_compiler_takes_the_same_step_compiled_and_not(tmp_
     found = json.loads((tmp_path / "b.json").read_text())["compile"]
     assert compiled == list(found) == ["hope", "alibi"] and all(row["compiled"]["ratio"] > 0 for row in found.values())
     assert all(row["as it is"]["ratio"] == 1 and row["compiled"]["first step"] > 0 for row in found.values())
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device that says it is a GPU with bfloat16, played by the CPU."""
+    device = Device(DeviceConfig(device="cpu", dtype="bfloat16"))
+    device.type, device.autocast = "cuda", lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    return device
+
+
+def arguments(*more):
+    args = bench.make_parser().parse_args([*TINY_BENCH, *more])
+    return args, {name: getattr(args, name) for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")}
+
+
+def test_on_a_gpu_the_baseline_has_our_number_format_compiler_and_kernels(gpu, monkeypatch, capsys):
+    compiled, formats, fused, step = [], set(), [], bench.training_step
+
+    def training_step(model, optimizer, x, y, autocast):
+        with autocast:
+            formats.add((type(model).__name__, model(x, y)[0].dtype))
+        fused.extend(group["fused"] for group in getattr(optimizer, "optimizers", [optimizer])[-1].param_groups)
+        step(model, optimizer, x, y, autocast)
+
+    monkeypatch.setattr(bench, "training_step", training_step)
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
+    args, config = arguments("--compile")
+    bench.bench_against_plain(args, config, gpu, bench.step_maker(args, config, gpu))
+    assert formats == {("PlainGPT", torch.bfloat16), ("GPT", torch.bfloat16)} and all(fused)
+    assert [name for name in compiled if "GPT" in name] == ["PlainGPT", "GPT", "GPT"]
+    assert "plain GPT, bfloat16" in capsys.readouterr().out
+    assert bench.nanogpt_device(gpu) is gpu and bench.nanogpt_device(CPU).dtype == torch.float32
+
+
+def test_the_profile_counts_the_time_of_a_gpu_where_there_is_one(gpu, monkeypatch):
+    device_types = torch.autograd.DeviceType
+    events = [SimpleNamespace(key=key, device_type=kind, self_cpu_time_total=cpu, self_device_time_total=device)
+              for key, kind, cpu, device in (("aten::mm", device_types.CPU, 1e6, 6e6),
+                                             ("aten::gelu", device_types.CPU, 3e6, 2e6),
+                                             ("sm80_gemm_mm", device_types.CUDA, 0, 6e6))]  # the kernel of the first
+
+    class Profiler:
+        def __enter__(self):
+            return SimpleNamespace(key_averages=lambda: events)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(torch.profiler, "profile", Profiler)
+    args, config = arguments()
+    on_gpu, on_cpu = (bench.bench_profile(args, config, device) for device in (gpu, CPU))
+    assert (on_gpu["seconds"], on_gpu["shares"]["matrix products"]) == (8, 0.75)
+    assert (on_cpu["seconds"], on_cpu["shares"]["matrix products"]) == (4, 0.25)
+
+
+def test_more_runs_than_torch_compiles_in_a_process_are_refused(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.pick_compile", lambda choice, *_: choice)
+    names = ["--dataset", dataset, "--compete", *[f"muon:{n}" for n in range(1, 10)]]
+    assert len(bench.make_runs(*arguments("--no-compile", *names), CPU, 1, str(tmp_path))) == 9
+    with pytest.raises(ValueError, match="9 runs are too many"):
+        bench.make_runs(*arguments("--compile", *names), CPU, 1, str(tmp_path))
 
 
 def test_the_baseline_is_nanogpts_network_with_nanogpts_settings(dataset, tmp_path):

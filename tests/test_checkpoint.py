@@ -3,10 +3,13 @@ Checkpoints and the log: written whole or not at all, damaged ones named, nanoGP
 
     python -m pytest tests/test_checkpoint.py
 """
+import errno
 import json
+import math
 import random
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ import train
 from common import checkpoint as common_checkpoint
 from common.checkpoint import copy_matching_weights, load_checkpoint, load_model, save_checkpoint
 from model import GPT, GPTConfig
-from tests.conftest import TINY_FLAGS, all_logits, constant_checkpoint, tiny
+from tests.conftest import TINY_FLAGS, all_logits, constant_checkpoint, run, tiny
 
 
 def test_checkpoints_give_back_the_model(tmp_path):
@@ -105,6 +108,26 @@ def test_a_nanogpt_checkpoint_is_the_same_network(tmp_path, capsys):
         eval_extrapolation.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "args", "dataset", "iter", "model", "config", "optimizer", "scaler",
+                                  "rng", "seconds", "logged", "best_val_loss", "loss_sum", "threads"])
+def test_a_checkpoint_that_lacks_something_is_read_without_it_or_refused_in_one_line(finished_run, tmp_path, fails,
+                                                                                   name):
+    checkpoint = load_checkpoint(Path(finished_run, "ckpt.pt"))
+    optional = name in ("seconds", "logged", "best_val_loss", "threads")
+    for i, change in enumerate(("absent",) if optional else ("absent", None, 5, "text", [], {})):
+        (tmp_path / str(i)).mkdir()
+        changed = {key: value for key, value in checkpoint.items() if key != name}
+        save_checkpoint(tmp_path / str(i) / "ckpt.pt", changed if change == "absent" else {**changed, name: change})
+        for script, arguments in ((train, "--resume --max_iters 11 --out_dir RUN"),
+                                  (train, "--init_from RUN --max_iters 1 --device cpu --out_dir RUN/new"),
+                                  (sample, "--max_new_tokens 2 --out_dir RUN"),
+                                  (eval_extrapolation, "--windows 1 --max_factor 1 RUN")):
+            try:
+                script.main([word.replace("RUN", str(tmp_path / str(i))) for word in arguments.split()])
+            except (ValueError, OSError) as error:
+                assert not isinstance(error, BlockingIOError)
+
+
 # --- weights that start another model
 
 
@@ -124,6 +147,55 @@ def test_values_of_another_encoding_are_not_taken_for_its_own():
 
 
 # --- the folder of a run, and its log
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(finished_run, monkeypatch, fails):
+    def denied(path, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(common_checkpoint, "open", denied, raising=False)  # root may read anything
+    code, [line] = fails(sample, ["--out_dir", finished_run])
+    assert code == 1 and "best.pt: Permission denied: change its permissions" in line and "damaged" not in line
+
+
+def test_a_write_that_fails_names_the_cause_and_not_what_torch_makes_of_it(tmp_path):
+    resource = pytest.importorskip("resource")
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save_checkpoint(tmp_path / "a.pt", {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
+        with pytest.raises(OSError, match="a.pt could not be written, the previous file is kept: File too large"):
+            save_checkpoint(tmp_path / "a.pt", {"weights": [torch.zeros(10**6), torch.zeros(10**6)]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert torch.load(tmp_path / "a.pt") == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_where_folders_cannot_be_locked_training_goes_on_with_a_note(dataset, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    assert run(dataset, tmp_path, "--max_iters", "2")["iter"] == 2
+    [note] = [line for line in capsys.readouterr().out.splitlines() if "lock" in line]
+    assert note.startswith(f"note: {tmp_path} cannot be locked (No locks available)")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_does_not_have_is_null_in_the_log(tmp_path, value):
+    common_checkpoint.append_log(tmp_path / "log.jsonl", {"iter": 3, "val_loss": value, "lr": 0.5})
+    assert (tmp_path / "log.jsonl").read_text() == '{"iter": 3, "val_loss": null, "lr": 0.5}\n'
+
+
+def test_a_new_run_puts_the_log_of_one_whose_checkpoints_are_gone_aside(tmp_path, capsys):
+    content = "".join(json.dumps({"iter": i, "tokens": 64 * i}) + "\n" for i in (0, 5))
+    (tmp_path / "log.jsonl").write_text(content)
+    common_checkpoint.cut_log(tmp_path / "log.jsonl", -1)
+    [aside] = tmp_path.glob("log_before_*.jsonl")
+    assert aside.read_text() == content and (tmp_path / "log.jsonl").read_text() == ""
+    assert str(aside) in capsys.readouterr().out
 
 
 def test_two_processes_do_not_train_in_one_folder(dataset, tmp_path, fails):

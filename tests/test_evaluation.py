@@ -8,17 +8,19 @@ The expected numbers are computed by hand, for models that predict the same dist
 import json
 import math
 import re
+import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import pytest
 import torch
 
 import eval_extrapolation
-from common import report
+from common import flags
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import loader
 from model import PE
-from tests.conftest import all_logits, byte_tokenizer, constant_checkpoint, continued, run, tiny
+from tests.conftest import all_logits, byte_tokenizer, constant_checkpoint, continued, run, tiny, unwritable
 
 CPU = torch.device("cpu")
 
@@ -241,14 +243,12 @@ def test_evaluation_writes_the_table_the_json_and_the_picture(dataset, finished_
     assert files[1].read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
-    def closed(*_, **__):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(report, "print_table", closed)
-    with pytest.raises(BrokenPipeError):
-        evaluate(tmp_path, {"run": constant_checkpoint(THIRDS)}, "ab" * 100, "--max_factor", "2", "--plot",
-                 str(tmp_path / "r.png"))
+@pytest.mark.parametrize("kind", ["pipe", "full", "closed"])
+def test_a_reader_that_leaves_costs_no_result(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sys, "stdout", unwritable(kind))
+    with pytest.raises(SystemExit) if kind == "full" else nullcontext():
+        flags.run(lambda: evaluate(tmp_path, {"run": constant_checkpoint(THIRDS)}, "ab" * 100, "--max_factor", "2",
+                                   "--plot", str(tmp_path / "r.png")))
     assert json.loads((tmp_path / "r.json").read_text())["runs"] and (tmp_path / "r.png").exists()
 
 

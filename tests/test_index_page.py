@@ -157,6 +157,9 @@ def test_charts_and_play_move_the_distance(page):
     assert page.run("s.m") == 300
     page.send("sum", "pointermove", clientX=500, buttons=1)
     assert page.run("s.m") == 1024  # half of 16 L
+    for outside, m in ((-50, 0), (1100, 2048), (500, 1024)):  # a pointer that leaves the chart while it is pressed
+        page.send("weights", "pointermove", clientX=outside, buttons=1)
+        assert page.run("s.m") == m
     page.click("play")
     moved = page.run("s.m")
     assert moved > 1024
@@ -201,6 +204,7 @@ def test_the_address_holds_the_state(page):
         page.input("m", generator.randint(0, 300))
         again = Page(HTML, hash=page.run("location.hash"))
         assert again.run("s") == page.run("s")
+        assert again.run("[+$('logn').checked, +$('m').value]") == page.run("[s.logn, s.m]")
         assert all(again.text(part) == page.text(part) for part in ("cards", "angles", "peaks", "dilution", "where"))
     page.run("location.hash = '#L=64&pe=nope'; window.dispatchEvent(new Event('hashchange')); stub.settle(5)")
     assert page.run("[s.L, s.pe, r.K]") == [64, "nope", 0]
@@ -226,4 +230,4 @@ def test_narrow_windows_and_labels():
     page.check_content()
     assert page.run("[...document.querySelectorAll('input')].every(input => input.closest('label')"
                     " || document.querySelector(`label[for=\"${input.id}\"]`))")
-    assert float(frequencies(page.run("s.D"))[1]) == pytest.approx(page.run("r.theta[1]"))
+    assert float(frequencies(page.run("s.D"), page.run("s.base"))[1]) == pytest.approx(page.run("r.theta[1]"))

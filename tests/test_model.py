@@ -306,6 +306,78 @@ def test_learned_refuses_to_read_past_its_table_and_a_cache_past_its_room():
         tiny("rope")(torch.zeros(1, 5, dtype=torch.long), cache=KVCache(4))
 
 
+@pytest.mark.parametrize("changes", [dict(pe="hope"), dict(pe="t5", window_pattern="SL", window=4, n_layer=4)], ids=str)
+def test_a_forward_that_is_interrupted_leaves_the_cache_as_it_was(changes):
+    model, idx = tiny(**changes), torch.randint(50, (2, 20))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for first in (0, 9):
+        cache = KVCache(20)
+        with torch.no_grad():
+            pieces = [model(idx[:, :first], idx[:, :first], cache)[0]] if first else []
+            for layer in (0, 1, -1):
+                hook = model.transformer.h[layer].mlp.register_forward_pre_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    model(idx[:1 + bool(first), first:first + 5].flip(1), cache=cache)
+                hook.remove()
+            pieces.append(model(idx[:, first:], idx[:, first:], cache)[0])
+            torch.testing.assert_close(torch.cat(pieces, dim=1), all_logits(model, idx), atol=1e-4, rtol=0)
+
+
+def test_a_cache_refuses_a_backward_and_a_second_model():
+    model, idx, cache = tiny("hope"), torch.randint(50, (1, 9)), KVCache(20)
+    model(idx, cache=cache)
+    logits, loss = model(idx, idx, cache)
+    for value in (loss, logits.sum(), loss + model.lm_head.weight.sum()):
+        with pytest.raises(RuntimeError, match="no gradients: train without a cache"):
+            value.backward(retain_graph=True)
+    assert all(parameter.grad is None for block in model.transformer.h for parameter in block.parameters())
+    for other in (tiny("hope"), tiny("hope", window_pattern="SL", window=4)):
+        with pytest.raises(ValueError, match="one model"):
+            other(idx[:, :1], cache=cache)
+
+
+@pytest.mark.parametrize("wrong, words", [
+    (dict(temperature=-0.5), "temperature must be at least 0"), (dict(temperature=math.nan), "not nan"),
+    (dict(top_k=0), "top_k at least 1"), (dict(top_k=-1), "top_k at least 1"), (dict(idx=(2, 0)), r"\(2, 0\)"),
+    (dict(idx=(5,)), r"\(5,\)"), (dict(idx=(0, 5)), r"\(0, 5\)")], ids=str)
+def test_generation_refuses_what_makes_no_sense(wrong, words):
+    idx = torch.zeros(wrong.pop("idx", (1, 5)), dtype=torch.long)
+    with pytest.raises(ValueError, match=words):
+        tiny("hope").generate(idx, 3, **wrong)
+
+
+def test_temperature_0_is_greedy_and_so_is_one_close_to_0():
+    model, idx = tiny("hope"), torch.randint(50, (2, 5))
+    greedy = model.generate(idx, 20, top_k=1)
+    for temperature in (0, 0.0, 1e-320, 1e-30, 1e-9):
+        assert torch.equal(model.generate(idx, 20, temperature, top_k=7), greedy)
+
+
+def test_generation_has_no_dropout_and_leaves_the_model_in_its_mode():
+    idx, model = torch.randint(50, (1, 5)), tiny("hope", dropout=0.6)
+    greedy = model.generate(idx, 20, top_k=1)
+    for training in (True, False):
+        model.train(training)
+        for token in model.stream(idx, 20, top_k=1):
+            assert model.training == training
+            idx = torch.cat((idx, token), dim=1)
+        assert torch.equal(idx, greedy) and model.transformer.drop.training == training
+        idx = idx[:, :5]
+
+
+def test_targets_of_another_shape_or_all_minus_one_are_refused():
+    model, idx = tiny("hope"), torch.randint(50, (2, 5))
+    for targets in (idx[:, :4], idx.T, idx[0]):
+        with pytest.raises(ValueError, match="differ from idx"):
+            model(idx, targets)
+    with pytest.raises(ValueError, match="all targets are -1"):
+        model(idx, torch.full_like(idx, -1))
+    assert (model(idx, torch.full_like(idx, -1), reduction="none")[1] == 0).all()
+
+
 # --- configuration
 
 

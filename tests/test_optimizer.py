@@ -104,6 +104,34 @@ def test_stacked_matrices_are_orthogonalized_one_by_one():
     torch.testing.assert_close(stacked, torch.cat(apart))
 
 
+class OnGPU(torch.nn.Parameter):
+    """A weight that says that it is on a GPU."""
+
+    device = property(lambda self: torch.device("cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_on_a_gpu_matrices_of_one_shape_are_orthogonalized_together_with_the_same_result(monkeypatch, dtype):
+    shapes = [(48, 16), (16, 16), (48, 16), (16, 48), (48, 16)]
+    starts, results, stacks = [torch.randn(shape) for shape in shapes], [], []
+    gradients = [[torch.randn(shape) for shape in shapes] for _ in range(2)]
+    orthogonalize = optimizer.orthogonalized
+    monkeypatch.setattr(optimizer, "orthogonalized", lambda x, dtype: stacks.append(x.shape) or orthogonalize(x, dtype))
+    for kind in (torch.nn.Parameter, OnGPU):
+        weights = [kind(start.clone()) for start in starts]
+        groups = [{"params": [weights[0], weights[2]], "parts": 3}, {"params": [weights[i] for i in (1, 3, 4)]}]
+        made = optimizer.Muon(groups, lr=0.1, momentum=0.9, weight_decay=0.1, dtype=dtype)
+        stacks.clear()
+        for step in gradients:
+            for weight, gradient in zip(weights, step):
+                weight.grad = gradient.clone()
+            made.step()
+        results.append(weights)
+    assert stacks == 2 * [(6, 16, 16), (1, 16, 16), (1, 16, 48), (1, 48, 16)]
+    for start, one_by_one, together in zip(starts, *results):
+        assert (one_by_one - together).norm() < 0.02 * (one_by_one - start).norm()
+
+
 def test_muon_computes_in_bfloat16_only_if_the_model_does():
     made = [optimizer.make_optimizer(tiny("hope"), optimizer.OptimizerConfig(), torch.device("cpu"), dtype)
             for dtype in (torch.float32, torch.float16, torch.bfloat16)]

@@ -40,7 +40,8 @@ MISTAKES = {
         ("--resume --out_dir {tmp}/none", "no checkpoint"), ("--out_dir {run}", "--resume"),
         ("--resume --out_dir {run} --pe rope", "--pe was hope and is now rope"),
         ("--resume --out_dir {run} --max_iters 5", "10 steps"),
-        ("--dataset {data} --out_dir {tmp}/best", "holds a run"), ("--resume --out_dir {tmp}/weights", "weights only"),
+        ("--dataset {data} --out_dir {tmp}/best", "--init_from"),
+        ("--resume --out_dir {tmp}/best", "weights only"), ("--resume --out_dir {tmp}/weights", "weights only"),
         ("--init_from {run} --dataset {data} --n_embd 48 --n_head 2", "n_embd (32 there, 48 here)"),
         ("--init_from {run} --dataset {data} --n_layer 3", "n_layer (2 there"),
         ("--init_from {run} --dataset {data} --no-bias", "bias (True there, False here)"),
@@ -138,7 +139,7 @@ def test_every_number_that_can_be_given_has_the_limits_that_it_should_have(fails
 
 
 @pytest.mark.parametrize("script, limits", [
-    (sample, {"num_samples": "1 0", "max_new_tokens": "1 0", "temperature": "0.01 0", "top_k": "1 0",
+    (sample, {"num_samples": "1 0", "max_new_tokens": "1 0", "temperature": "0 -0.1", "top_k": "1 0",
               "seed": f"0 -1 {2**32} {2**32 + 1}", "rope_factor": "1 0.9"}),
     (eval_extrapolation, {"max_factor": f"1 0 {2**16} {2**16 + 1}", "windows": "1 0", "batch_size": "1 0",
                           "chunk": "1 0", "rope_factor": "1 0.9"})])

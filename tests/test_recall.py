@@ -285,6 +285,30 @@ def test_a_repeated_passage_is_scored_at_its_second_position():
     assert recall.copy_in_text(model, mixed, mixed[:, :8], distance=16)["second_accuracy"] < 0.5
 
 
+class OnMPS(torch.Tensor):
+    """A tensor of a device that has no float64, as has whatever is computed from it."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), keywords=None):
+        result = super().__torch_function__(function, types, arguments, keywords or {})
+        if function is torch.Tensor.cpu:
+            return result.as_subclass(torch.Tensor)
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            raise TypeError("the MPS framework doesn't support float64")
+        return result
+
+
+def test_passages_are_scored_on_devices_without_float64(monkeypatch):
+    monkeypatch.setattr(torch, "as_tensor", lambda x, dtype: x.to(dtype))  # which a subclass hears of
+    windows = torch.randint(30, (3, 50))
+    model = Answers(lambda tokens, targets: tokens.roll(1, dims=1))
+    expected = recall.copy_in_text(model, windows, windows[:, :8], 24)
+    there = windows.as_subclass(OnMPS)
+    with pytest.raises(TypeError):
+        there.double()
+    assert recall.copy_in_text(model, there, there[:, :8], 24) == expected
+
+
 def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
     windows, needles = torch.randint(30, (3, 50)), torch.randint(30, (3, 8))
     seen, right_from = [], 4

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+import eval_extrapolation
 from common import report
 from common.report import rounded, run_names
 
@@ -14,6 +15,13 @@ def test_names_are_the_shortest_that_tell_runs_apart():
 
 def test_results_keep_four_digits_and_no_nan():
     assert rounded({"a": [1.23456, math.nan, {"b": 3}], "c": "x"}, digits=4) == {"a": [1.235, None, {"b": 3}], "c": "x"}
+
+
+def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    for flag in ("--json", "--plot"):
+        code, lines = fails(eval_extrapolation, [str(tmp_path / "none"), flag, str(tmp_path / "r.png")])
+        assert code == 2 and len(lines) == 1 and "r.png cannot be written" in lines[0]
 
 
 def test_the_first_run_of_an_encoding_has_a_solid_line_and_others_of_it_differ():

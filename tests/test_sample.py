@@ -4,14 +4,19 @@ Sampling: streamed text, its seed, temperature, scaling, characters of several t
     python -m pytest tests/test_sample.py
 """
 import math
+import sys
+from contextlib import nullcontext
 
 import numpy as np
+import pytest
 import torch
 
 import sample
+from common import flags
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data.tokenizer import load_tokenizer
-from tests.conftest import byte_tokenizer, constant_checkpoint
+from model import GPT
+from tests.conftest import byte_tokenizer, constant_checkpoint, unwritable
 
 
 def test_sampling_streams_past_block_size_and_maps_unknown_characters(finished_run, capsys):
@@ -39,6 +44,39 @@ def test_sampling_under_auto_scaling_uses_one_factor_for_the_whole_text(finished
     for _ in range(57):
         idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
     assert capsys.readouterr().out.split("\n---")[0] == tokenizer.decode(idx[0].tolist())
+
+
+def test_temperature_0_is_greedy(finished_run, capsys):
+    texts = []
+    for given in ("--temperature 0 --seed 1", "--temperature 0 --seed 2", "--top_k 1"):
+        sample.main(["--out_dir", finished_run, "--max_new_tokens", "30", *given.split()])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_all_kinds_of_line_ends_are_read_alike_as_argument_and_from_a_file(finished_run, tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"one\rtwo\r\nthree\n")
+    texts = []
+    for start in ("one\ntwo\nthree\n", "one\rtwo\r\nthree\n", f"FILE:{tmp_path / 'a.txt'}"):
+        sample.main(["--out_dir", finished_run, "--max_new_tokens", "30", "--start", start])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] == texts[2] and texts[0].startswith("one\ntwo\nthree\n")
+
+
+@pytest.mark.parametrize("kind, code", [("pipe", None), ("full", 1)])
+def test_sampling_ends_when_its_reader_leaves(finished_run, monkeypatch, kind, code):
+    asked, stream = [], GPT.stream
+
+    def watched(*args):
+        for token in stream(*args):
+            asked.append(token)
+            yield token
+
+    monkeypatch.setattr(GPT, "stream", watched)
+    monkeypatch.setattr(sys, "stdout", unwritable(kind))
+    with pytest.raises(SystemExit) if code else nullcontext():
+        flags.run(lambda: sample.main(["--out_dir", finished_run, "--max_new_tokens", "500"]))
+    assert len(asked) == 1
 
 
 def test_temperature_divides_the_logits(tmp_path, capsys):

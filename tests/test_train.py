@@ -4,13 +4,14 @@ A training run: what makes comparisons fair, the step, the log, checkpoints, res
     python -m pytest tests/test_train.py
     python -m pytest tests/test_train.py -m slow          killed two hundred times
 """
-import errno
 import io
+import itertools
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ import torch
 
 import train
 from common import device as common_device
+from common import flags as common_flags
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from common.device import Device
 from data.loader import open_dataset, token_tensor
@@ -37,6 +39,7 @@ from tests.conftest import (
     processes,
     resumed,
     run,
+    unwritable,
 )
 
 # --- fair comparison
@@ -267,16 +270,18 @@ def test_what_is_piped_into_a_file_has_the_lines_although_the_terminal_has_the_b
     assert "10/10" in sys.stderr.getvalue() and "step 10 " in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(errno.ENOSPC, "No space left on device")])
-def test_a_reader_that_leaves_or_a_disk_that_is_full_does_not_end_the_training(dataset, tmp_path, monkeypatch, error):
-    """As with `train.py | head -1` or `train.py > log`. What fails is each line, from the first one on."""
-    class Closed(io.StringIO):
-        def write(self, text):
-            raise error
-
-    monkeypatch.setattr(sys, "stdout", Closed())
-    run(dataset, tmp_path, "--max_iters", "10")
+@pytest.mark.parametrize("kind", ["pipe", "full", "closed"])
+def test_a_reader_that_leaves_or_a_disk_that_is_full_does_not_end_the_training(dataset, tmp_path, monkeypatch, capsys,
+                                                                               kind):
+    """As with `train.py | true`, `train.py > /dev/full` and `train.py >&-`. Each line fails, from the first one on."""
+    monkeypatch.setattr(sys, "stdout", unwritable(kind))
+    code = None
+    try:
+        common_flags.run(lambda: run(dataset, tmp_path, "--max_iters", "10"))
+    except SystemExit as stopped:
+        code = stopped.code
     assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 10
+    assert code == (1 if kind == "full" else None) and ("No space left" in capsys.readouterr().err) == (kind == "full")
 
 
 def test_the_seconds_in_the_log_include_those_before_a_resume(dataset, tmp_path, capsys):
@@ -553,7 +558,121 @@ def test_resume_may_evaluate_more_often_and_says_when_the_schedule_is_over(finis
     shutil.copytree(finished_run, tmp_path / "run")
     resumed(tmp_path / "run", "--max_iters", "14", "--eval_interval", "2")
     assert [line["iter"] for line in log(tmp_path / "run")] == [0, 5, 10, 12, 14]
-    assert "the schedule ended at step 10" in capsys.readouterr().out
+    assert "the schedule ends at step 10, so from there on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps, noted", [(["--max_iters", "12"], True), ([], False)])
+def test_a_run_that_is_stopped_before_its_schedule_ends_and_goes_further_is_told_where_it_ends(
+        dataset, tmp_path, capsys, at_batch, steps, noted):
+    alive = []
+    at_batch(7, lambda: alive or os.kill(os.getpid(), 15))
+    with pytest.raises(SystemExit):
+        run(dataset, tmp_path, "--max_iters", "10")
+    alive.append("again")
+    capsys.readouterr()
+    resumed(tmp_path, *steps)
+    assert ("the schedule ends at step 10, so from there on" in capsys.readouterr().out) == noted
+
+
+def test_another_number_of_threads_is_noted_when_a_run_is_resumed(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run, tmp_path / "run")
+    resumed(tmp_path / "run", "--max_iters", "11")
+    assert "threads before" not in capsys.readouterr().out
+    torch.set_num_threads(2)
+    try:
+        assert resumed(tmp_path / "run", "--max_iters", "12")["threads"] == 2
+    finally:
+        torch.set_num_threads(1)
+    assert "1 threads before, 2 now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["from elsewhere", "set"])
+def test_a_run_finds_its_data_set_from_any_folder(dataset, tmp_path, monkeypatch, name):
+    """Named relative to the folder where the training was started; old checkpoints hold such names, too."""
+    shutil.copytree(dataset, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    checkpoint = run(name, tmp_path / "run", "--max_iters", "2")
+    assert checkpoint["dataset"]["path"] == checkpoint["args"]["dataset"] == str(tmp_path / name)
+    monkeypatch.chdir("/")
+    assert resumed(tmp_path / "run", "--max_iters", "3")["iter"] == 3
+    old = {**checkpoint, "dataset": {**checkpoint["dataset"], "path": name}, "args": {**checkpoint["args"],
+                                                                                      "dataset": name}}
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", old)
+    monkeypatch.chdir(tmp_path)
+    assert resumed(tmp_path / "run", "--max_iters", "3")["dataset"]["path"] == str(tmp_path / name)
+
+
+def test_the_project_s_own_data_sets_are_named_relative_to_it_so_that_it_can_be_moved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ("data/novel", "novel", str(common_flags.PROJECT / "data" / "novel")):
+        assert train.parse(["--dataset", given])[1].dataset == str(Path("data", "novel"))
+
+
+def test_weights_are_judged_before_they_are_saved_between_evaluations_too(dataset, tmp_path, fails):
+    """The loss of step 1 is good, and the weights after it are bad: they are kept out of ckpt.pt."""
+    for when in ("--save_interval", "--eval_interval", "--keep_every"):
+        out_dir = tmp_path / when
+        code, lines = fails(train, [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(out_dir), "--max_iters", "8",
+                                    "--warmup_iters", "0", "--optimizer", "adamw", "--learning_rate", "50", when, "1"])
+        assert code == 1 and "diverged" in lines[-1] and "at step 1," in lines[-1] and "holds step 0" in lines[-1]
+        assert load_checkpoint(out_dir / "ckpt.pt")["iter"] == 0 and not list(out_dir.glob("ckpt_*.pt"))
+
+
+def test_the_command_that_continues_a_stopped_run_can_be_pasted_from_where_it_was_printed(dataset, tmp_path, capsys,
+                                                                                          at_batch, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    alive = []
+    at_batch(3, lambda: alive or os.kill(os.getpid(), 15))
+    with pytest.raises(SystemExit):
+        run(dataset, "a folder's name", "--max_iters", "6")
+    alive.append("again")
+    [command] = re.findall("continue with: (.*)", capsys.readouterr().out)
+    python, script, *arguments = shlex.split(command)
+    assert Path(script).samefile(train.__file__) and shutil.which(python)
+    train.main(arguments)
+    assert load_checkpoint(Path("a folder's name", "ckpt.pt"))["iter"] == 6
+
+
+# --- a folder may hold any of a run's files
+
+
+@pytest.mark.parametrize("step", [0, 10])
+@pytest.mark.parametrize("names", [names for n in range(4) for names in itertools.combinations(
+    ("ckpt.pt", "best.pt", "log.jsonl"), n)], ids=" ".join)
+def test_for_any_of_its_files_a_run_can_be_started_or_continued_or_says_how(dataset, tmp_path, names, step):
+    """Each command that is printed is run, until one works; no file with a step more than 0 is replaced."""
+    folder = tmp_path / "run"
+    run(dataset, folder, "--max_iters", "10", *(["--eval_interval", "99"] if not step else []))
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+    if not step and "best.pt" in names:
+        save_checkpoint(folder / "best.pt", {**load_checkpoint(folder / "best.pt"), "iter": 0})
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    start = [*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(folder)]
+    for command in (start, ["--resume", "--out_dir", str(folder)]):
+        at_once = command is start and not step and "ckpt.pt" not in names  # there is nothing to lose
+        for _ in range(3):  # commands that lead to each other
+            try:
+                train.main([*command, "--max_iters", "10"])
+                break
+            except (ValueError, FileNotFoundError) as error:
+                assert not at_once, error
+                if "add --resume" in str(error):
+                    command = ["--resume", "--out_dir", str(folder)]
+                else:
+                    [printed] = re.findall("`(.*)`", str(error))
+                    command = [*shlex.split(printed)[2:], "--dataset", dataset, *TINY_FLAGS]
+        else:
+            pytest.fail(f"{names}: no command works")
+        if step and "ckpt.pt" not in names:
+            now = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+            assert set(kept.values()) <= set(now.values())
+        for path in tmp_path.glob("run*"):
+            shutil.rmtree(path)
+        folder.mkdir()
+        for name, content in kept.items():
+            (folder / name).write_bytes(content)
 
 
 def test_a_moved_data_set_can_be_named_at_resume_but_not_another_tokenizers_or_a_changed_text(
@@ -568,6 +687,15 @@ def test_a_moved_data_set_can_be_named_at_resume_but_not_another_tokenizers_or_a
         path.write_text(json.dumps({**meta, **change}))
         code, lines = fails(train, ["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "14"])
         assert code == 2 and words in lines[0]
+
+
+def test_if_best_pt_is_gone_the_best_of_what_follows_takes_its_place(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    (tmp_path / "run" / "best.pt").unlink()
+    lowest = {**load_checkpoint(tmp_path / "run" / "ckpt.pt"), "best_val_loss": 0.001}
+    save_checkpoint(tmp_path / "run" / "ckpt.pt", lowest)
+    checkpoint = resumed(tmp_path / "run", "--max_iters", "12", "--eval_interval", "2")
+    assert load_checkpoint(tmp_path / "run" / "best.pt")["val_loss"] == checkpoint["best_val_loss"] > 1
 
 
 # --- starting from another run
