@@ -35,7 +35,8 @@ def without_code(text):
 
 
 def tables(text):
-    """-> for each table with a comment, or with a cell that begins with a number: the lines of the comment above it, or None, and those of its rows."""
+    """-> for each table with a comment, or with a cell that begins with a number: the lines of the comment above it, or
+    None, and those of its rows."""
     text = without_code(text)
     for found in re.finditer(r"(?:<!-- numbers\n((?:(?!-->)[^\n]*\n)*)-->\n+)?((?:^\|[^\n]*\n?)+)", text, re.MULTILINE):
         rows = found[2].splitlines()[2:]
