@@ -56,8 +56,9 @@ class PositionalEncoding(nn.Module):
         return None
 
     def bias(self, q_pos, k_pos):
-        """Positions (Tq,), (Tk,) -> added to the logits, float32 (H, Tq, Tk), or None. Values for
-        keys in the future are ignored."""
+        """Positions (Tq,), (Tk,) -> what is added to the logits, float32 (H, Tq, Tk); or None.
+
+        Values for keys in the future are ignored."""
         return None
 
 
@@ -69,7 +70,8 @@ class NoPE(PositionalEncoding):
 def frequencies(head_dim, base=10000.0):
     """theta_j = base^(-2j / head_dim) radians per token, j = 0 ... head_dim / 2 - 1, fastest first.
 
-    -> (head_dim / 2,) float64: rounding cannot change how many pairs an encoding rotates."""
+    -> (head_dim / 2,) float64, so that rounding cannot change how many pairs an encoding rotates.
+    """
     j = torch.arange(head_dim // 2, dtype=torch.float64)
     return base ** (-2 * j / head_dim)
 
@@ -84,7 +86,7 @@ class RoPE(PositionalEncoding):
     def __init__(self, config):
         super().__init__(config)
         theta = frequencies(config.n_embd // config.n_head, config.rope_base)  # (D / 2,)
-        n_rotated = self.n_rotated(theta, config)  # before scaling
+        n_rotated = self.n_rotated(theta, config)  # before scaling, which changes no pair's turns
         if config.rope_scaling != "none":
             L = config.rope_context or config.block_size
             theta = SCALINGS[config.rope_scaling](theta, config.rope_base, L, config.rope_factor)
@@ -128,10 +130,11 @@ class HoPE(RoPE):
 def rotate(x, cos, sin):
     """Rotate the first K pairs of each head: x (B, H, T, D); cos and sin (T, K) -> (B, H, T, D).
 
-    A pair is the channels (j, j + D / 2), as in Llama; RoFormer pairs (2j, 2j + 1). The other pairs
-    pass through: their part of the logit is a dot product, independent of position."""
+    A pair is the channels (j, j + D / 2), as in Llama. RoFormer pairs (2j, 2j + 1), which is the
+    same up to the order of the channels. The other pairs pass through: their part of the logit is
+    a plain dot product, independent of position."""
     K, half = cos.size(-1), x.size(-1) // 2
-    # one split: the backward of each of four slices would allocate all of x
+    # One split instead of four slices: the backward of each slice would allocate all of x.
     a, a_rest, b, b_rest = x.split((K, half - K, K, half - K), dim=-1)
     # cos and sin are float32, and so are the products, whatever the type of x.
     rotated_a, rotated_b = (a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype)
@@ -142,7 +145,7 @@ def rotate(x, cos, sin):
 
 
 class LayerPositions(NamedTuple):
-    """What a layer needs to know about positions: computed once per forward for the short-window
+    """What a layer needs to know about positions. Computed once per forward for the short-window
     layers (S), which see the last tokens only, and once for the full layers (L)."""
 
     rotary: tuple | None  # cos and sin (T, K)
@@ -268,7 +271,8 @@ class GPT(nn.Module):
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
-        # Short-window layers share the full layers' encoding, and what it learns, if it is alike.
+        # Short-window layers share the encoding, and what it learns, with the full layers unless
+        # theirs differs.
         self.configs = {"L": config, "S": config.local()}
         self.encodings = {"L": self.transformer.wpe, "S": self.transformer.wpe}
         different = {(c.pe, c.rope_base, c.rope_scaling) for c in self.configs.values()}
@@ -283,8 +287,8 @@ class GPT(nn.Module):
             encoding.reset_parameters()
 
     def _init_weights(self, name, module):
-        # GPT-2's: std 0.02, and for the 2 n_layer matrices that write to the residual stream, where
-        # outputs add up, 0.02 / sqrt(2 n_layer).
+        # GPT-2's: standard deviation 0.02, divided by sqrt(2 n_layer) for the 2 n_layer matrices
+        # that write to the residual stream, since their outputs add up there.
         if isinstance(module, (nn.Linear, nn.Embedding)) and not name.startswith("transformer.wpe"):
             residual = name.endswith("c_proj")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
@@ -420,8 +424,9 @@ class GPT(nn.Module):
 
 
 class Learned(PositionalEncoding):
-    """A learned vector per position, added to the token embedding (GPT-2): x_n + w_n. L C
-    parameters. Undefined beyond the trained context."""
+    """A learned vector per position, added to the token embedding (GPT-2): x_n + w_n.
+
+    L C parameters. Undefined beyond the trained context."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -439,7 +444,8 @@ class Sinusoidal(PositionalEncoding):
     """Sines and cosines added to the embedding (Attention is all you need, arXiv 1706.03762).
 
     sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_j = 10000^(-2j / C)
-    (secs. 3.4 and 3.5). No parameters."""
+    (secs. 3.4 and 3.5). No parameters. Embeddings start with a standard deviation of 0.02, so the
+    sines and cosines (0.7) dominate until the embeddings have grown."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -452,8 +458,10 @@ class Sinusoidal(PositionalEncoding):
 
 
 def alibi_slopes(n_head):
-    """ALiBi's slope of each head, float32 (n_head,): 2^(-8h / n_head), h = 1 ... n_head. If n_head
-    is no power of two: the slopes of the next lower one, then every other of twice that power."""
+    """ALiBi's slope of each head, float32 (n_head,): 2^(-8h / n_head), h = 1 ... n_head.
+
+    If n_head is not a power of two: the slopes of the next lower power, then every other one of
+    twice that power."""
     power = 2 ** int(math.log2(n_head))
     slopes = 2 ** (-8 / power * torch.arange(1, power + 1, dtype=torch.float64))
     between = 2 ** (-4 / power * torch.arange(1, 2 * power, 2, dtype=torch.float64))
@@ -476,8 +484,10 @@ class ALiBi(PositionalEncoding):
 
 
 def t5_bucket(distance, num_buckets=32, max_distance=128):
-    """T5's bucket of each distance (negative ones count as 0), int64 of the same shape: the first
-    half holds one distance each, the second half grows by a constant factor up to max_distance."""
+    """T5's bucket of each distance, int64 of the same shape. Negative distances count as 0.
+
+    The first half of the buckets holds one distance each. Those of the second half grow by a
+    constant factor up to max_distance; all longer distances share the last bucket."""
     half = num_buckets // 2
     distance = distance.clamp(min=0)
     fraction = torch.log(distance.clamp(min=half) / half) / math.log(max_distance / half)
@@ -488,8 +498,8 @@ def t5_bucket(distance, num_buckets=32, max_distance=128):
 class T5(PositionalEncoding):
     """T5's relative bias (arXiv 1910.10683, sec. 2.1): a learned number per head and bucket.
 
-    32 H parameters, shared by the layers as in the paper; unlike there, logits are divided by
-    sqrt(D). Starts at zero, as NoPE."""
+    32 H parameters, shared by the layers as in the paper. Unlike there, logits are divided by
+    sqrt(D). The table starts at zero, so that the model starts as NoPE."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -506,12 +516,14 @@ class T5(PositionalEncoding):
 class KERPLE(PositionalEncoding):
     """KERPLE, logarithmic kernel (arXiv 2205.09921): -r1 ln(1 + r2 distance), r1 and r2 learned.
 
-    2 H parameters, shared by the layers (the authors give each its own). r1 and r2 are at least
-    0.01, as in the authors' code: smaller values are reflected, a clamp would have no gradient."""
+    2 H parameters, shared by the layers (the authors give each layer its own). r1 and r2 are at
+    least 0.01, as in the authors' code: smaller values are reflected, since a clamp would have no
+    gradient."""
 
     def __init__(self, config):
         super().__init__(config)
-        self.r1, self.r2 = (nn.Parameter(torch.empty(config.n_head)) for _ in range(2))
+        self.r1 = nn.Parameter(torch.empty(config.n_head))
+        self.r2 = nn.Parameter(torch.empty(config.n_head))
 
     def reset_parameters(self):
         nn.init.uniform_(self.r1, 0, 2)
@@ -528,12 +540,14 @@ class FIRE(PositionalEncoding):
 
     f(psi(distance) / psi(max(i, threshold))) with psi(x) = ln(|c| x + 1), the query's position i
     and f: 1 -> 32 -> H with a ReLU. The argument of f is in [0, 1] at any length. 33 H + 66
-    parameters, shared by the layers (the paper's FIRE-S). The threshold starts at L (there 512)."""
+    parameters, shared by the layers (the paper's FIRE-S). The threshold starts at L (there: 512).
+    """
 
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.block_size
-        self.c, self.multiplier = (nn.Parameter(torch.empty(())) for _ in range(2))  # of threshold
+        self.c = nn.Parameter(torch.empty(()))
+        self.multiplier = nn.Parameter(torch.empty(()))  # of the threshold
         self.weight_1, self.bias_1 = (nn.Parameter(torch.empty(32)) for _ in range(2))
         self.weight_2 = nn.Parameter(torch.empty(config.n_head, 32))
         self.bias_2 = nn.Parameter(torch.empty(config.n_head))
@@ -564,8 +578,8 @@ def pi(theta, base, block_size, factor):
 
 
 def ntk(theta, base, block_size, factor):
-    """NTK-aware: the base times factor^(D / (D - 2)); the fastest pair stays, the slowest pair's
-    theta is divided by factor."""
+    """NTK-aware: the base times factor^(D / (D - 2)), which keeps the fastest pair and divides the
+    slowest by factor."""
     j = torch.arange(len(theta), dtype=theta.dtype)
     return theta * factor ** (-2 * j / max(2 * len(theta) - 2, 1))
 
@@ -595,8 +609,8 @@ ROTARY = [name for name, encoding in PE.items() if issubclass(encoding, RoPE)]
 
 
 def setting(default, help, used_by=(), **limits):
-    """A field of a configuration, and a flag: default, a line of help, the encodings that use it
-    (none named: all), limits such as at_least=1."""
+    """A field of a configuration: default, a line of help, the encodings that use it (none named:
+    all), and limits such as at_least=1. Command-line flags are made from these fields."""
     metadata = {"help": help, "used_by": used_by, "limits": limits}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -624,7 +638,8 @@ class GPTConfig:
     n_layer: int = setting(4, "number of blocks", at_least=1)
     n_head: int = setting(4, "attention heads per block", at_least=1)
     n_embd: int = setting(128, "channels", at_least=1)
-    dropout: float = setting(0.0, "probability; 0.1 to 0.2 for a small text", at_least=0, below=1)
+    dropout: float = setting(0.0, "probability; 0.1 to 0.2 if a small text is read many times",
+                             at_least=0, below=1)
     bias: bool = setting(True, "biases in linear layers and norms, as in GPT-2")
     pe: str = setting("hope", "positional encoding", one_of=PE)
     rope_base: float = setting(10000.0, "base of theta_j = base^(-2j/D)", used_by=ROTARY, above=1)
@@ -634,10 +649,12 @@ class GPTConfig:
                                  used_by=("hope",), at_least=0)
     window_pattern: str = setting("L", "S for a short-window layer, L for a full layer, such as "
                                   "SSSL; repeated over the layers, of which the last is L")
-    window: int = setting(0, "tokens that a short-window layer sees; 0: all", at_least=0)
-    local_pe: str | None = setting(None, "pe of the short-window layers; default: pe", one_of=PE)
+    window: int = setting(0, "tokens that a short-window layer sees, its own included; 0: all",
+                          at_least=0)
+    local_pe: str | None = setting(None, "encoding of the short-window layers; default: that of pe",
+                                   one_of=PE)
     local_rope_base: float | None = setting(None, "rope_base of the short-window layers; default: "
-                                            "rope_base", above=1)
+                                            "that of the full layers", above=1)
     rope_scaling: str = setting("none", "slow the rotation of rope, prope and hope down for "
                                 "contexts longer than the trained one, in layers that see more "
                                 "than L tokens", one_of=("none", *SCALINGS))
@@ -660,7 +677,8 @@ class GPTConfig:
             (self.n_embd % self.n_head,
              f"n_embd {self.n_embd} must be divisible by n_head {self.n_head}"),
             (rotary and head_dim % 2,
-             f"{' and '.join(rotary)}: n_embd / n_head is {head_dim}, an odd number of channels"),
+             f"{' and '.join(rotary)} rotates pairs of channels, so n_embd / n_head must be even, "
+             f"not {head_dim}, an odd number"),
             (self.pe == "sinusoidal" and self.n_embd % 2,
              f"sinusoidal needs an even n_embd, not {self.n_embd}"),
             (self.rope_scaling != "none" and not rotary,
@@ -680,7 +698,8 @@ class GPTConfig:
         return (self.window_pattern * self.n_layer)[:self.n_layer - 1] + "L"
 
     def local(self):
-        """The configuration of the short-window layers. Within L tokens nothing is scaled."""
+        """The configuration of the short-window layers. A window of at most L tokens contains no
+        distance beyond L, so nothing is scaled there."""
         pe, within = self.local_pe or self.pe, 0 < self.window <= self.block_size
         base = self.local_rope_base if pe in ROTARY else None
         return replace(self, pe=pe, rope_base=base or self.rope_base, local_pe=None,

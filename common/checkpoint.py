@@ -99,7 +99,8 @@ def load_checkpoint(path):
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             if "model_args" in checkpoint:
                 checkpoint = from_nanogpt(checkpoint)
-            checkpoint = {"tokenizer": None, "args": {"seed": None}, "dataset": None, "iter": 0, **checkpoint}
+            absent = {"model": {}, "tokenizer": None, "args": {}, "dataset": None, "iter": 0}
+            checkpoint = {**absent, **checkpoint}
             for name, kinds in KINDS.items():
                 if not isinstance(checkpoint[name], kinds):
                     raise TypeError(f"{name} is {type(checkpoint[name]).__name__}")

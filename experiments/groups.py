@@ -48,6 +48,20 @@ def name_of(config):
     return f"{config.pe}{local}:{config.window_pattern}:{config.window}"
 
 
+IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "alibi": "ALiBi", "t5": "T5",
+            "kerple": "KERPLE", "fire": "FIRE"}
+
+
+def in_words(name):
+    """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn; nope+rope:SSSL:16 -> NoPE in
+    full layers, windows."""
+    arrangement, *rest = name.split(maxsplit=1)
+    pe, *windows = arrangement.split(":")
+    full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
+    layers = f"{full} in full layers, windows" if local else f"{full}, windows" if windows else full
+    return ", ".join([layers, *rest])
+
+
 # --- Which runs belong together ---------------------------------------------------------------------------------------
 
 # Where a run computes and what it saves, but not what it computes.

@@ -38,7 +38,7 @@ from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
 from experiments.curves import draw_line, legend_above, token_axis
-from experiments.groups import fields_of, mean_rows, members_by_group, name_of, run_settings
+from experiments.groups import fields_of, in_words, mean_rows, members_by_group, name_of, run_settings
 from experiments.tasks import (
     EASY,
     EXACT_CHANCE,
@@ -311,7 +311,7 @@ def print_text(runs, distances, chance):
 def plot_lines(panel, runs, rows, x, y, guesses, L):
     """One line per run over its row of buckets, with a band of one standard error. x, y: keys of a bucket."""
     for run, style, buckets in zip(runs, report.styles(runs), rows):
-        draw_line(panel, buckets, x, y, f"{y}_stderr", label=run["name"], **style)
+        draw_line(panel, buckets, x, y, f"{y}_stderr", label=in_words(run["name"]), **style)
     for guess in guesses:
         panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
     token_axis(panel, L, sorted({bucket[x] for buckets in rows for bucket in buckets if bucket}))

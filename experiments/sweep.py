@@ -43,6 +43,7 @@ from experiments.groups import (
     group_by_seed,
     group_key,
     group_names,
+    in_words,
     name_of,
     network_of,
     print_groups,
@@ -252,7 +253,7 @@ def show(runs, args, **origin):
     if args.csv:
         write_csv(groups, args.csv)
     if args.plot:
-        eval_extrapolation.plot(groups, args.plot)
+        eval_extrapolation.plot([{**group, "name": in_words(group["name"])} for group in groups], args.plot)
 
 
 def make_parser():

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import eval_extrapolation
 import train
 from common import device as common_device
+from common import flags
 from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig
 from experiments import recall
@@ -366,7 +367,7 @@ def train_at_a_terminal_that_closes(hangup, arguments):
 
     train.training_batch = closing
     try:
-        train.main(arguments)
+        flags.run(lambda: train.main(arguments))  # which lets no failure of its output end it
     finally:
         sys.stdout = sys.stderr = None  # multiprocessing would flush them
 

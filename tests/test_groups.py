@@ -52,6 +52,13 @@ def scored(pe, seed, nlls, locals_=None, **changes):
     return {**run, **changes}
 
 
+@pytest.mark.parametrize("name, words", [
+    ("hope", "HoPE"), ("rope:SSSL:16 logn", "RoPE, windows, logn"), ("learned", "learned"),
+    ("nope+rope:SSSL:16 max_iters 9", "NoPE in full layers, windows, max_iters 9")])
+def test_names_in_pictures_are_those_that_people_say(name, words):
+    assert groups.in_words(name) == words
+
+
 def test_means_deviations_and_paired_differences_over_seeds():
     """The seeds come in different orders, and one group has a seed more."""
     rope = {1: (2.0, 3.0), 2: (2.2, 3.6), 3: (2.1, 2.7)}

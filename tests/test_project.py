@@ -241,3 +241,13 @@ def test_the_training_commands_of_the_readme_and_of_make_demo_are_accepted_and_i
         train.parse([*shlex.split(command), "--out_dir", "nowhere"])
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", readme):
         assert (PROJECT / target).exists(), target
+
+
+def test_the_code_that_the_readme_shows_stands_in_model_py():
+    """Line by line, and in this order; "..." leaves lines out."""
+    readme, model = ((PROJECT / name).read_text(encoding="utf-8") for name in ("README.md", "model.py"))
+    [shown] = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    parts = [part.strip("\n") for part in re.split(r"^ *\.\.\.\n|\n\n\n", shown, flags=re.MULTILINE)]
+    assert len(parts) == 4 and "class HoPE" in parts[2]
+    places = [model.find(f"\n{part}\n") for part in parts]
+    assert -1 not in places and places == sorted(places)

@@ -20,7 +20,8 @@ from playwright.sync_api import Error, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1280, 900), (390, 844)
-PICTURES = {"docs/index.html": ("docs/idea_page.png", (1000, 800), "#m=300")}  # README's: file, size, state
+PICTURES = {"docs/index.html": ("docs/idea_page.png", (1000, 800), "#m=300"),  # README's: file, size, state
+            "out/demo/page.html": ("docs/text_page.png", (1000, 800), "")}
 LIMIT = 150_000  # bytes of such a picture
 
 
