@@ -27,7 +27,7 @@ def print_stream(tokens, tokenizer):
     print(decoder.decode(b"", final=True) + "\n" + "-" * 80)
 
 
-def main(argv=None):
+def make_parser():
     parser = flags.ArgumentParser("Generate text with a trained model, printed token by token.")
     count, add = flags.parsed(int, at_least=1), parser.add_argument
     add("--out_dir", default="out/default", help="a run's folder, or a checkpoint file")
@@ -41,8 +41,11 @@ def main(argv=None):
     add("--seed", type=flags.parsed(int, at_least=0, at_most=2**32), default=1, help="of the random choices")
     flags.add_scaling_flags(parser)
     flags.add_flags(parser, DeviceConfig)
-    args = parser.parse_args(argv)
+    return parser
 
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
     flags.note_idle_factor(args)
     device = Device(args)
     checkpoint = load_checkpoint(args.out_dir)
