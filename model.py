@@ -400,13 +400,14 @@ class GPT(nn.Module):
         limit = self.transformer.wpe.max_length or math.inf
         cache, new = KVCache(idx.size(-1) + max_new_tokens), idx
         for _ in range(max_new_tokens):
-            training = self.training
-            self.train(False)
+            if training := self.training:
+                self.train(False)
             if idx.size(-1) <= limit:
                 logits, _ = self(new, cache=cache)  # (B, 1, V)
             else:  # the window slides, and every token gets a new position
                 logits, _ = self(idx[:, -limit:])
-            self.train(training)
+            if training:
+                self.train()
             logits = logits[:, -1].float() / temperature  # (B, V)
             if top_k is not None:
                 lowest = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
