@@ -135,11 +135,14 @@ def styles(runs):
 
 def label_ends(axes, lines):
     """Name lines at the right edge of their panel instead of in a legend. lines: (last value, name, colour), from the
-    top; names that would overlap move down."""
-    lowest = 1.1
-    for value, name, color in lines:
-        x, y = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[1], value)))
-        lowest = min(y, lowest - 0.06)
+    top; names that would overlap move apart, within the panel if there is room."""
+    to_panel = axes.transData + axes.transAxes.inverted()
+    heights = [to_panel.transform((axes.get_xlim()[1], value))[1] for value, _, _ in lines]
+    for i in range(1, len(lines)):
+        heights[i] = min(heights[i], heights[i - 1] - 0.06)
+    lowest = -0.06
+    for (_, name, color), height in reversed(list(zip(lines, heights))):
+        lowest = max(height, lowest + 0.06)
         axes.annotate(f" {name}", (1, lowest), xycoords="axes fraction", va="center", color=color, weight="bold")
 
 

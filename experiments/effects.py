@@ -21,6 +21,7 @@ import math
 import torch
 
 from common import flags, report
+from experiments.groups import IN_WORDS
 from experiments.sweep import read_runs
 from model import GPTConfig
 
@@ -156,14 +157,15 @@ def print_effects(result):
 def plot(result, path):
     """One panel per factor: the effect of each of its levels by range, with two standard errors."""
     pyplot, factors = report.import_pyplot(), list(result["levels"])
-    figure, panels = pyplot.subplots(1, len(factors), figsize=(3.1 * len(factors), 3.6), sharey=True, squeeze=False,
-                                     layout="constrained")
+    figure, panels = pyplot.subplots(1, len(factors), figsize=(0.8 + 2.9 * len(factors), 3.6), layout="constrained",
+                                     sharey=True, squeeze=False)
     L, at = result["ranges"][0][1], range(len(result["ranges"]))
     for axes, factor in zip(panels[0], factors):
         for i, row in enumerate(row for row in result["nll"] if row["factors"] == [factor]):
             errors = [0 if math.isnan(stderr) else 2 * stderr for stderr in row["stderr"]]
+            level, first = (IN_WORDS.get(level, as_text(level)) for level in row["levels"][0])
             axes.errorbar([x + 0.08 * i for x in at], row["mean"], errors, marker="osD"[i % 3], capsize=3,
-                          label=name_of(row).removeprefix(factor))
+                          label=f"{level} instead of {first}")
         axes.axhline(0, color="gray", linewidth=1)
         axes.set_xticks(at, [f"{end // L} L" for _, end in result["ranges"]])
         axes.set_title(factor)

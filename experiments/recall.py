@@ -37,7 +37,7 @@ from common.device import Device, DeviceConfig, check_computation
 from common.optimizer import OptimizerConfig, make_optimizer, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
-from experiments.curves import draw_line, legend_above, token_axis
+from experiments.curves import draw_line, token_axis
 from experiments.groups import fields_of, in_words, mean_rows, members_by_group, name_of, run_settings
 from experiments.tasks import (
     EASY,
@@ -309,12 +309,17 @@ def print_text(runs, distances, chance):
 
 
 def plot_lines(panel, runs, rows, x, y, guesses, L):
-    """One line per run over its row of buckets, with a band of one standard error. x, y: keys of a bucket."""
+    """One line per run over its row of buckets, with a band of one standard error, named at its end.
+
+    x, y: keys of a bucket. guesses: the values of dashed lines."""
+    ends = []
     for run, style, buckets in zip(runs, report.styles(runs), rows):
-        draw_line(panel, buckets, x, y, f"{y}_stderr", label=in_words(run["name"]), **style)
+        draw_line(panel, buckets, x, y, f"{y}_stderr", **style)
+        ends += [(bucket[y], in_words(run["name"]), style["color"]) for bucket in buckets if bucket][-1:]
     for guess in guesses:
         panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
     token_axis(panel, L, sorted({bucket[x] for buckets in rows for bucket in buckets if bucket}))
+    report.label_ends(panel, sorted(ends, reverse=True))
 
 
 def plot_tasks(runs, suite, path):
@@ -323,19 +328,19 @@ def plot_tasks(runs, suite, path):
     if "decoy" in suite.tested:
         panels.append(("decoy: answers that are the decoy's", "decoy", "decoy", ()))
     n_rows = len(panels) // 2
-    figure, axes = report.import_pyplot().subplots(n_rows, 2, figsize=(9.5, 0.8 + 3.9 * n_rows), layout="constrained",
+    figure, axes = report.import_pyplot().subplots(n_rows, 2, figsize=(12, 0.4 + 3.9 * n_rows), layout="constrained",
                                                    squeeze=False)
     for panel, (title, name, key, guesses) in zip(axes.flat, panels):
         rows = [run["tasks"][name] for run in runs]
-        plot_lines(panel, runs, rows, "end", key, guesses, rows[0][0]["end"])
         panel.set(title=title, ylim=(-0.03, 1.03), ylabel="share of answers")
-    figure.supxlabel("length of the sequence, at most (tokens); dotted: L, dashed: guessing", fontsize="medium")
-    legend_above(figure, axes[0, 0], columns=5)
+        plot_lines(panel, runs, rows, "end", key, guesses, rows[0][0]["end"])
+    figure.supxlabel("length of the sequence, at most (tokens); dotted: L; dashed: a blind guess and, higher, the best "
+                     "guess", fontsize="medium")
     report.save_picture(figure, path)
 
 
 def plot_text(runs, chance, L, path):
-    figure, axes = report.import_pyplot().subplots(2, 2, figsize=(9.5, 8.5), layout="constrained", sharey="row")
+    figure, axes = report.import_pyplot().subplots(2, 2, figsize=(12, 8), layout="constrained")
     for column, (what, title) in zip(axes.T, (("distances", "a passage"), ("needles", "a needle: shuffled tokens"))):
         rows = [run[what] for run in runs]
         for panel, key, guess, unit in ((column[0], "second_accuracy", chance, "accuracy on the second reading"),
@@ -343,7 +348,6 @@ def plot_text(runs, chance, L, path):
             plot_lines(panel, runs, rows, "distance", key, [guess], L)
             panel.set(title=title, ylabel=unit)
     figure.supxlabel("distance between the readings (tokens); dotted: L, dashed: guessing", fontsize="medium")
-    legend_above(figure, axes[0, 0], columns=5)
     report.save_picture(figure, path)
 
 

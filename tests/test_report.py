@@ -36,3 +36,14 @@ def test_a_picture_has_the_format_that_its_name_says_and_few_colours(tmp_path, s
     report.save_picture(figure, tmp_path / f"a{suffix}")
     picture = (tmp_path / f"a{suffix}").read_bytes()
     assert picture.startswith(start) and (suffix != ".png" or picture[25] == 3)  # 3: with a palette
+
+
+def test_names_at_the_end_of_lines_keep_their_order_do_not_overlap_and_stay_in_the_panel():
+    pytest.importorskip("matplotlib")
+    figure, axes = report.import_pyplot().subplots()
+    axes.set_ylim(0, 2)
+    report.label_ends(axes, [(2, "a", "red"), (1.99, "b", "red"), (1, "c", "red"), (0.01, "d", "red"), (0, "e", "red")])
+    names, heights = zip(*((label.get_text().strip(), label.xy[1]) for label in axes.texts))
+    assert names == ("e", "d", "c", "b", "a")  # drawn from the lowest
+    assert heights == pytest.approx([0, 0.06, 0.5, 0.94, 1])
+    report.import_pyplot().close(figure)
