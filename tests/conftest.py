@@ -142,6 +142,16 @@ def byte_tokenizer():
     return BPETokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
 
 
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 # --- ways to call, watch and interrupt
 
 

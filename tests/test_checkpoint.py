@@ -20,7 +20,7 @@ import train
 from common import checkpoint as common_checkpoint
 from common.checkpoint import copy_matching_weights, load_checkpoint, load_model, save_checkpoint
 from model import GPT, GPTConfig
-from tests.conftest import TINY_FLAGS, all_logits, constant_checkpoint, run, tiny
+from tests.conftest import TINY_FLAGS, Harmful, all_logits, constant_checkpoint, run, tiny
 
 
 def test_checkpoints_give_back_the_model(tmp_path):
@@ -31,6 +31,14 @@ def test_checkpoints_give_back_the_model(tmp_path):
     assert load_model(path, attn_scaling="logn").config.attn_scaling == "logn"
     with pytest.raises(FileNotFoundError, match="train.py"):
         load_checkpoint(tmp_path / "none")
+
+
+def test_a_checkpoint_is_read_without_executing_it(finished_run, tmp_path, fails):
+    torch.save({**load_checkpoint(finished_run), "args": Harmful(tmp_path / "executed")}, tmp_path / "ckpt.pt")
+    for script, arguments in ((train, ["--resume", "--out_dir"]), (sample, ["--out_dir"]), (eval_extrapolation, [])):
+        code, lines = fails(script, [*arguments, str(tmp_path)])
+        assert code == 2 and len(lines) == 1 and "ckpt.pt" in lines[0]
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("script, arguments", [

@@ -3,7 +3,6 @@ nanoGPT's data folders, and its checkpoints, which hold no tokenizer.
 
     python -m pytest tests/test_nanogpt.py
 """
-import os
 import pickle
 
 import numpy as np
@@ -17,7 +16,7 @@ from data.loader import document_windows, open_dataset, text_to_score
 from data.nanogpt import fill_in_tokenizers
 from data.prepare import prepare
 from data.tokenizer import CharTokenizer, load_tokenizer
-from tests.conftest import TINY_FLAGS
+from tests.conftest import TINY_FLAGS, Harmful
 
 # --- data folders
 
@@ -63,14 +62,6 @@ def test_ids_without_a_character_are_refused_in_a_folder_and_in_a_text_to_score(
     np.array([27, 28], dtype=np.uint16).tofile(nanogpt / "val.bin")
     with pytest.raises(ValueError, match="an id of 28, but the largest in the vocabulary is 27"):
         open_dataset(nanogpt)
-
-
-class Harmful:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_meta_pkl_is_read_without_executing_it(nanogpt, tmp_path):

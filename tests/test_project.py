@@ -3,15 +3,19 @@ What a newcomer meets: one line for each mistake, limits, defaults, help texts, 
 
     python -m pytest tests/test_project.py
 """
+import importlib.util
+import math
 import re
 import shlex
 import shutil
 import sys
+import textwrap
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.requirements import Requirement  # comes with pytest
 
 import data.prepare
@@ -251,3 +255,70 @@ def test_the_code_that_the_readme_shows_stands_in_model_py():
     assert len(parts) == 4 and "class HoPE" in parts[2]
     places = [model.find(f"\n{part}\n") for part in parts]
     assert -1 not in places and places == sorted(places)
+
+
+def test_the_example_of_contributing_is_an_encoding(tmp_path):
+    text = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    field, encoding, row, _ = [textwrap.dedent(block).strip("\n") for block in
+                               re.findall(r"^ +```python\n(.*?)^ +```", text, flags=re.DOTALL | re.MULTILINE)]
+    assert len(encoding.splitlines()) + len(row.splitlines()) + len(field.splitlines()) <= 15
+    model = (PROJECT / "model.py").read_text(encoding="utf-8")
+    old_row = row.removesuffix(', "powerlaw": PowerLaw}').strip() + "}"
+    assert model.count("\nPE = {") == model.count(old_row) == 1
+    model = re.sub(r"(?<=\n)    hope_cutoff: .*?(?=\n    \w+: )",
+                   lambda old: old[0] + "\n" + textwrap.indent(field, "    "), model, flags=re.DOTALL)
+    model = model.replace("\nPE = {", f"\n{encoding}\n\n\nPE = {{").replace(old_row, row)
+    (tmp_path / "with_powerlaw.py").write_text(model, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("with_powerlaw", tmp_path / "with_powerlaw.py")
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.GPTConfig(block_size=8, vocab_size=5, n_layer=1, n_head=2, n_embd=8, pe="powerlaw",
+                              powerlaw_exponent=2.0)
+    bias = module.PE["powerlaw"](config).bias(torch.arange(4), torch.arange(4))
+    torch.testing.assert_close(bias[1, 3], torch.tensor([-2 * math.log(1 + distance) for distance in (3, 2, 1, 0)]))
+    assert module.GPT(config)(torch.zeros(1, 8, dtype=torch.int64))[0].isfinite().all()
+
+
+# What README.md promises -> the test that proves it
+PROMISES = {
+    "default text is the Python source of the installed torch and numpy":
+        "test_sources.py::test_the_default_text_needs_no_network_and_holds_long_documents",
+    "This method is all in which they differ":
+        "test_encodings.py::test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope",
+    "rotates the fastest fraction p of the pairs":
+        "test_encodings.py::test_prope_keeps_the_fastest_int_of_p_d_over_2_pairs_and_does_not_respread_them",
+    "hope_cutoff is 1 in the paper": "test_encodings.py::test_hope_keeps_as_many_pairs_as_the_paper_says",
+    "each inside one document": "test_loader.py::test_windows_lie_inside_one_document_and_do_not_overlap",
+    "undefined beyond L": "test_evaluation.py::test_learned_is_scored_up_to_its_limit_and_marked_behind_it",
+    "`--init_from` continues a run with another encoding or context":
+        "test_train.py::test_dropping_the_rotation_keeps_every_weight",
+    "With `--pe learned` it is GPT-2": "test_checkpoint.py::test_a_nanogpt_checkpoint_is_the_same_network",
+    "one pass over a long window scores every context length":
+        "test_evaluation.py::test_one_pass_in_chunks_equals_scoring_each_prefix_separately",
+    "an example of 15 lines": "test_project.py::test_the_example_of_contributing_is_an_encoding",
+    "**Ctrl-C saves**": "test_device.py::test_a_signal_finishes_the_step_saves_and_says_how_to_go_on",
+    "a full disk": "test_train.py::test_a_full_disk_keeps_the_checkpoint_before_and_says_so_at_the_end",
+    "a diverging loss leaves the last good checkpoint":
+        "test_train.py::test_a_diverging_run_stops_with_step_and_rate_and_keeps_the_last_good_checkpoint",
+    "a resumed run ends with the same bits":
+        "test_train.py::test_killed_twenty_times_and_resumed_a_run_ends_with_the_weights_of_an_undisturbed_one",
+    "all encodings get the same batches, initial shared weights":
+        "test_train.py::test_two_encodings_see_the_same_batches_and_start_from_the_same_shared_weights",
+    "and scored tokens": "test_evaluation.py::test_the_loss_above_the_first_run_is_the_difference_on_the_same_tokens",
+    "**Errors are one line** with cause and remedy": "test_project.py::test_a_mistake_gets_one_line_and_an_exit_code",
+    "**Checkpoints execute nothing**": "test_checkpoint.py::test_a_checkpoint_is_read_without_executing_it",
+}
+
+
+@pytest.mark.parametrize("promise", PROMISES)
+def test_what_the_readme_promises_stands_there_and_has_its_test(promise):
+    readme = (PROJECT / "README.md").read_text(encoding="utf-8")
+    assert promise in " ".join(readme.split())
+    file, test = PROMISES[promise].split("::")
+    assert f"\ndef {test}(" in (PROJECT / "tests" / file).read_text(encoding="utf-8")
+
+
+def test_each_point_of_what_one_can_rely_on_is_among_the_promises():
+    readme = " ".join((PROJECT / "README.md").read_text(encoding="utf-8").split())
+    _, *points = readme[readme.index("## What you can rely on"):readme.index("MIT license")].split(" - **")
+    assert points and all(any(promise.strip("*") in point for promise in PROMISES) for point in points)
