@@ -5,20 +5,21 @@ Perplexity beyond the trained context, of one run or of several side by side on 
     python eval_extrapolation.py out/rope out/hope --rope_scaling none pi ntk yarn --attn_scaling none logn
 
 Long windows, each inside one document, are read once, from their first token on. With causal attention one pass gives
-every context length at once, because the token at position n is predicted from the n tokens before it. Perplexity,
-exp(loss in nats per token), is averaged by position, [0, L) [L, 2L) [2L, 4L) ..., L being the trained context: a mean
-over the whole window would hide a collapse among the tokens that are still predicted well.
+every context length at once: at position n, which counts from 0, the model has read n + 1 tokens and predicts the
+next one. Perplexity, exp(loss in nats per token), is averaged by position, [0, L) [L, 2L) [2L, 4L) ..., L being the
+trained context: a mean over the whole window would hide a collapse among the tokens that are still predicted well.
 
 The same tokens are also predicted from at most L tokens of context (windows of L that advance by L / 2, hence from at
 least L / 2). If the full context does better than this, the far tokens help; if it does worse, they harm.
 """
 import math
 import statistics
+from dataclasses import replace
 
 import torch
 
 from common import flags, report
-from common.checkpoint import load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model, scaling_factor
 from common.device import Device, DeviceConfig, check_computation
 from data.loader import add_text_flags, document_windows, text_to_score
 from data.tokenizer import count_characters
@@ -46,11 +47,16 @@ def windows_at_a_time(config, length, chunk, device):
     return max(1, int(memory / (4 * (cached + activations))))
 
 
+def can_scale(config):
+    """Whether --rope_scaling changes a network: some layer that rotates sees more than L tokens."""
+    return bool(config.rotary_names()) and "rope_scaling" not in flags.idle(replace(config, rope_scaling="pi"))
+
+
 def scalings(args, config):
     """The combinations of the scaling flags' values that a configuration allows -> overrides of it. Values that are not
     given stay as they were in training."""
     config = GPTConfig(**config)
-    rope_scalings = args.rope_scaling if args.rope_scaling and config.rotary_names() else [config.rope_scaling]
+    rope_scalings = args.rope_scaling if args.rope_scaling and can_scale(config) else [config.rope_scaling]
     factors = {"none": 1.0} if args.rope_scaling else {config.rope_scaling: config.rope_factor}
     return [{"rope_scaling": rope, "rope_factor": factors.get(rope, args.rope_factor), "attn_scaling": attn}
             for rope in rope_scalings for attn in args.attn_scaling or [config.attn_scaling]]
@@ -100,8 +106,7 @@ def score_scaled(checkpoint, scaling, windows, edges, chunk, batch_size):
     its own, its end divided by the context before scaling."""
     passes = [(0, edges[-1], scaling["rope_factor"])]
     if scaling["rope_factor"] == "auto":
-        L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
-        passes = [(start, end, max(1.0, end / L)) for start, end in zip(edges, edges[1:])]
+        passes = [(start, end, scaling_factor(checkpoint, end)) for start, end in zip(edges, edges[1:])]
     losses = torch.empty(len(windows), edges[-1])
     for start, end, factor in passes:
         model = load_model(checkpoint, **{**scaling, "rope_factor": factor}).to(windows.device)
@@ -126,15 +131,12 @@ def summarize(losses, local_losses, first_losses, edges, characters):
     better than a loss."""
     buckets = []
     for i, (start, end) in enumerate(zip(edges, edges[1:])):
-        nll, stderr = bucket_mean(losses, start, end)
-        above, above_stderr = bucket_mean(losses - first_losses, start, end)
-        above_local, above_local_stderr = bucket_mean(losses - local_losses, start, end)
-        local, _ = bucket_mean(local_losses, start, end)
+        (nll, stderr), (local, _) = (bucket_mean(x, start, end) for x in (losses, local_losses))
         tokens_per_character = len(losses) * (end - start) / characters[i]
         row = {"start": start, "end": end, "nll": nll, "stderr": stderr, "ppl": exp(nll),
-               "ppl_local": exp(local), "bits_per_character": nll * tokens_per_character / math.log(2),
-               "nll_above_first": above, "nll_above_first_stderr": above_stderr,
-               "nll_above_local": above_local, "nll_above_local_stderr": above_local_stderr}
+               "ppl_local": exp(local), "bits_per_character": nll * tokens_per_character / math.log(2)}
+        for key, others in (("nll_above_first", first_losses), ("nll_above_local", local_losses)):
+            row[key], row[f"{key}_stderr"] = bucket_mean(losses - others, start, end)
         buckets.append({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()})
     return buckets
 
@@ -176,19 +178,15 @@ def plot(runs, path):
     pyplot = report.import_pyplot()
     figure, axes = pyplot.subplots(figsize=(8.5, 5), layout="constrained")
     known = [[b for b in run["buckets"] if b["nll"] is not None] for run in runs]
-
-    def error(bucket):  # of the loss: over windows, or over seeds for groups of runs
-        return bucket.get("stderr", bucket.get("nll_std")) or 0
-
-    styles = report.styles(runs)
-    order = sorted(range(len(runs)), key=lambda i: -known[i][-1]["nll"])  # of the last points, from the top
-    for i in order:
-        at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in known[i]]  # middle, on a log axis
-        low, high = ([math.exp(b["nll"] + sign * error(b)) for b in known[i]] for sign in (-1, 1))
-        color = styles[i]["color"]
-        axes.plot(at, [b["ppl"] for b in known[i]], label=runs[i]["name"], linewidth=2, markersize=6, **styles[i])
-        axes.fill_between(at, low, high, color=color, alpha=0.12, linewidth=0)
-        axes.plot(at, [b["ppl_local"] for b in known[i]], color=color, linestyle=(0, (1, 1)), linewidth=1, alpha=0.7)
+    lines = sorted(zip(runs, known, report.styles(runs)), key=lambda line: -line[1][-1]["nll"])  # by the last point
+    for run, buckets, style in lines:
+        at = [math.sqrt((b["start"] or b["end"] / 2) * b["end"]) for b in buckets]  # middle, on a log axis
+        errors = [b.get("stderr", b.get("nll_std")) or 0 for b in buckets]  # over windows, or over seeds for groups
+        low, high = ([math.exp(b["nll"] + sign * error) for b, error in zip(buckets, errors)] for sign in (-1, 1))
+        axes.plot(at, [b["ppl"] for b in buckets], label=run["name"], linewidth=2, markersize=6, **style)
+        axes.fill_between(at, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        axes.plot(at, [b["ppl_local"] for b in buckets], color=style["color"], linestyle=(0, (1, 1)), linewidth=1,
+                  alpha=0.7)
     edges = [b["end"] for b in runs[0]["buckets"]]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -201,7 +199,7 @@ def plot(runs, path):
     axes.set_xlabel("position in the text (tokens); dotted lines: the same tokens from at most the last L tokens")
     axes.set_ylabel("perplexity per token")
     if len(runs) <= 6:
-        report.label_ends(axes, [(known[i][-1]["ppl"], runs[i]["name"], styles[i]["color"]) for i in order])
+        report.label_ends(axes, [(buckets[-1]["ppl"], run["name"], style["color"]) for run, buckets, style in lines])
     else:
         figure.legend(loc="outside right center")
     report.save_picture(figure, path)
@@ -286,9 +284,9 @@ def main(argv=None):
     device = Device(args)
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     fixed = [name for name, checkpoint in zip(names, checkpoints)
-             if not GPTConfig(**checkpoint["config"]).rotary_names()]
+             if not can_scale(GPTConfig(**checkpoint["config"]))]
     if args.rope_scaling and fixed:
-        print(f"note: --rope_scaling has no effect on {', '.join(fixed)}: nothing rotates there")
+        print(f"note: --rope_scaling has no effect on {', '.join(fixed)}: no layer rotates and sees more than L tokens")
     windows, edges, characters, text_sha256 = choose_windows(args, checkpoints, names)
     runs = score_runs(args, checkpoints, names, windows, edges, characters, device)
     if args.json:  # first: a reader of the tables that leaves costs nothing

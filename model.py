@@ -43,10 +43,6 @@ class PositionalEncoding(nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def reset_parameters(self):
-        """Initialise learned values. GPT calls this after all other weights are drawn, so that with
-        one seed these are the same for every encoding."""
-
     def embed(self, x, pos):
         """Token embeddings x (B, T, C) at positions pos (T,) -> (B, T, C)."""
         return x
@@ -119,7 +115,8 @@ class HoPE(RoPE):
     """HoPE (High-frequency rotary position encoding, arXiv 2410.21216, sec. 4): rotates the pairs
     that complete a turn within the trained context, theta_j >= 2 pi / L.
 
-    Every angle that such a pair can take, modulo 2 pi, has occurred in training."""
+    The distances of the training cover the circle of such a pair in steps of theta_j: no angle
+    beyond L is far from one that has occurred."""
 
     def n_rotated(self, theta, config):
         L = config.rope_context or config.block_size
@@ -235,7 +232,7 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.gelu = nn.GELU()  # exact (erf)
+        self.gelu = nn.GELU()  # exact, as in nanoGPT; GPT-2's is an approximation by tanh
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -259,18 +256,25 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with a choice of encoding. With pe="learned" it is GPT-2, weight names included."""
+    """GPT-2 with a choice of encoding. With pe="learned" it is the GPT-2 of nanoGPT, weight names
+    included."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.vocab_size, config.n_embd),
-            wpe=PE[config.pe](config),  # GPT-2's name for its table of positions
+            wpe=None,  # the encoding, under GPT-2's name for its table of positions; drawn below
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, bias=config.bias),
         ))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight  # tied
+        for name, module in self.named_modules():
+            self._init_weights(name, module)
+        # Encodings last: with one seed all other weights are then the same, whatever the encoding.
+        self.transformer["wpe"] = PE[config.pe](config)
         # Short-window layers share the encoding, and what it learns, with the full layers unless
         # theirs differs.
         self.configs = {"L": config, "S": config.local()}
@@ -279,17 +283,11 @@ class GPT(nn.Module):
         if "S" in config.kinds() and len(different) > 1:
             self.encodings["S"] = PE[self.configs["S"].pe](self.configs["S"])
             self.transformer["wpe_local"] = self.encodings["S"]
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.transformer.wte.weight = self.lm_head.weight  # tied
-        for name, module in self.named_modules():
-            self._init_weights(name, module)
-        for encoding in dict.fromkeys(self.encodings.values()):
-            encoding.reset_parameters()
 
     def _init_weights(self, name, module):
         # GPT-2's: standard deviation 0.02, divided by sqrt(2 n_layer) for the 2 n_layer matrices
         # that write to the residual stream, since their outputs add up there.
-        if isinstance(module, (nn.Linear, nn.Embedding)) and not name.startswith("transformer.wpe"):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
             residual = name.endswith("c_proj")
             std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
             nn.init.normal_(module.weight, std=std)
@@ -351,7 +349,7 @@ class GPT(nn.Module):
         with torch.autocast(pos.device.type, enabled=False):  # float32, as PositionalEncoding says
             rotary, bias = pe.rotary(q_pos), pe.bias(q_pos, k_pos)
         mask = self.attention_mask(bias, q_pos, k_pos, window)
-        query_scale = self.query_scale(config, q_pos, rotary is not None)
+        query_scale = self.query_scale(config, q_pos, window, rotary is not None)
         return LayerPositions(rotary, mask, query_scale, window)
 
     def attention_mask(self, bias, q_pos, k_pos, window):
@@ -369,19 +367,22 @@ class GPT(nn.Module):
             dtype = torch.get_autocast_dtype(device)  # the kernel wants the type of the queries
         return torch.where(visible, bias, -math.inf).to(dtype)[None]  # (1, H, Tq, Tk)
 
-    def query_scale(self, config, pos, rotated):
-        """Positions (T,) -> the query_scale of LayerPositions, or None.
+    def query_scale(self, config, pos, window, rotated):
+        """Positions (T,) of queries that see so many tokens at most (0: all) -> the query_scale of
+        LayerPositions, or None.
 
         yarn: (0.1 ln factor + 1)^2 (arXiv 2309.00071, eqs. 21 and 22). The authors multiply cos and
         sin, and so q and k, by its square root; here q gets it all, pairs not rotated included.
-        logn: max(1, ln n / ln L) for the n-th token keeps attention as sharp when there are more
-        keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied."""
+        logn: max(1, ln n / ln L) for a query that sees n tokens keeps attention as sharp when there
+        are more keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied."""
         scale = None
         if config.rope_scaling == "yarn" and rotated:
             scale = torch.full((len(pos), 1), (0.1 * math.log(config.rope_factor) + 1) ** 2,
                                device=pos.device)
         if config.attn_scaling == "logn":
-            logn = (torch.log(pos[:, None] + 1) / math.log(config.block_size)).clamp(min=1)
+            seen = pos[:, None] + 1  # tokens (T, 1)
+            seen = seen.clamp(max=window) if window else seen
+            logn = (torch.log(seen) / math.log(config.block_size)).clamp(min=1)
             scale = logn if scale is None else scale * logn
         return scale
 
@@ -400,19 +401,22 @@ class GPT(nn.Module):
         limit = self.transformer.wpe.max_length or math.inf
         cache, new = KVCache(idx.size(-1) + max_new_tokens), idx
         for _ in range(max_new_tokens):
-            if training := self.training:
-                self.train(False)
-            if idx.size(-1) <= limit:
-                logits, _ = self(new, cache=cache)  # (B, 1, V)
-            else:  # the window slides, and every token gets a new position
-                logits, _ = self(idx[:, -limit:])
-            if training:
-                self.train()
+            training = self.training
+            try:
+                if training:  # the switch costs a sixth of the time per token
+                    self.train(False)
+                if idx.size(-1) <= limit:
+                    logits, _ = self(new, cache=cache)  # (B, 1, V)
+                else:  # the window slides, and every token gets a new position
+                    logits, _ = self(idx[:, -limit:])
+            finally:
+                if training:
+                    self.train()
             logits = logits[:, -1].float() / temperature  # (B, V)
-            if top_k is not None:
-                lowest = logits.topk(min(top_k, logits.size(-1))).values[:, [-1]]
-                logits = logits.masked_fill(logits < lowest, -math.inf)
+            if top_k is not None:  # exactly k, of equal logits too, so that k = 1 is greedy
+                logits, tokens = logits.topk(min(top_k, logits.size(-1)))  # (B, k)
             new = torch.multinomial(F.softmax(logits, dim=-1), num_samples=1)
+            new = new if top_k is None else tokens.gather(1, new)
             idx = torch.cat((idx, new), dim=1)
             yield new
 
@@ -431,11 +435,8 @@ class Learned(PositionalEncoding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.weight = nn.Parameter(torch.empty(config.block_size, config.n_embd))  # (L, C)
+        self.weight = nn.Parameter(0.02 * torch.randn(config.block_size, config.n_embd))  # (L, C)
         self.max_length = config.block_size
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.02)
 
     def embed(self, x, pos):
         return x + F.embedding(pos, self.weight)
@@ -445,8 +446,8 @@ class Sinusoidal(PositionalEncoding):
     """Sines and cosines added to the embedding (Attention is all you need, arXiv 1706.03762).
 
     sqrt(C) x_n + (sin n theta_0, cos n theta_0, sin n theta_1, ...), theta_j = 10000^(-2j / C)
-    (secs. 3.4 and 3.5). No parameters. Embeddings start with a standard deviation of 0.02, so the
-    sines and cosines (0.7) dominate until the embeddings have grown."""
+    (secs. 3.4 and 3.5). No parameters. sqrt(C) x_n starts with a standard deviation of 0.02
+    sqrt(C), 0.23 at C = 128, so the sines and cosines (0.7) dominate until it has grown."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -504,10 +505,7 @@ class T5(PositionalEncoding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.table = nn.Parameter(torch.empty(32, config.n_head))
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.table)
+        self.table = nn.Parameter(torch.zeros(32, config.n_head))
 
     def bias(self, q_pos, k_pos):
         bucket = t5_bucket(q_pos[:, None] - k_pos)  # (Tq, Tk)
@@ -523,12 +521,8 @@ class KERPLE(PositionalEncoding):
 
     def __init__(self, config):
         super().__init__(config)
-        self.r1 = nn.Parameter(torch.empty(config.n_head))
-        self.r2 = nn.Parameter(torch.empty(config.n_head))
-
-    def reset_parameters(self):
-        nn.init.uniform_(self.r1, 0, 2)
-        nn.init.uniform_(self.r2, 0, 1)
+        self.r1 = nn.Parameter(2 * torch.rand(config.n_head))
+        self.r2 = nn.Parameter(torch.rand(config.n_head))
 
     def bias(self, q_pos, k_pos):
         r1, r2 = (0.01 + (r.float() - 0.01).abs()[:, None, None] for r in (self.r1, self.r2))
@@ -547,18 +541,11 @@ class FIRE(PositionalEncoding):
     def __init__(self, config):
         super().__init__(config)
         self.block_size = config.block_size
-        self.c = nn.Parameter(torch.empty(()))
-        self.multiplier = nn.Parameter(torch.empty(()))  # of the threshold
-        self.weight_1, self.bias_1 = (nn.Parameter(torch.empty(32)) for _ in range(2))
-        self.weight_2 = nn.Parameter(torch.empty(config.n_head, 32))
-        self.bias_2 = nn.Parameter(torch.empty(config.n_head))
-
-    def reset_parameters(self):
-        nn.init.constant_(self.c, 0.1)
-        nn.init.constant_(self.multiplier, 1.0)
-        layers = ((self.weight_1, 1), (self.bias_1, 1), (self.weight_2, 32), (self.bias_2, 32))
-        for parameter, n_inputs in layers:  # PyTorch's own initialisation of a linear layer
-            nn.init.uniform_(parameter, -n_inputs ** -0.5, n_inputs ** -0.5)
+        self.c = nn.Parameter(torch.tensor(0.1))
+        self.multiplier = nn.Parameter(torch.tensor(1.0))  # of the threshold
+        hidden, out = nn.Linear(1, 32), nn.Linear(32, config.n_head)  # drawn as PyTorch does
+        self.weight_1, self.bias_1 = nn.Parameter(hidden.weight[:, 0].detach()), hidden.bias
+        self.weight_2, self.bias_2 = out.weight, out.bias
 
     def bias(self, q_pos, k_pos):
         c, threshold = self.c.float().abs(), (self.multiplier.float() * self.block_size).abs()
@@ -649,9 +636,9 @@ class GPTConfig:
     hope_cutoff: float = setting(1.0, "rotate the pairs with at least this many turns within L",
                                  used_by=("hope",), at_least=0)
     window_pattern: str = setting("L", "S for a short-window layer, L for a full layer, such as "
-                                  "SSSL; repeated over the layers, of which the last is L")
-    window: int = setting(0, "tokens that a short-window layer sees, its own included; 0: all",
-                          at_least=0)
+                                  "SSSL; repeated over the layers; the last is always L")
+    window: int = setting(0, "tokens that a query of a short-window layer sees, itself included; "
+                          "0: all", at_least=0)
     local_pe: str | None = setting(None, "encoding of the short-window layers; default: that of pe",
                                    one_of=PE)
     local_rope_base: float | None = setting(None, "rope_base of the short-window layers; default: "
@@ -659,7 +646,7 @@ class GPTConfig:
     rope_scaling: str = setting("none", "slow the rotation of rope, prope and hope down for "
                                 "contexts longer than the trained one, in layers that see more "
                                 "than L tokens", one_of=("none", *SCALINGS))
-    rope_factor: float = setting(1.0, "how many times longer", at_least=1)
+    rope_factor: float = setting(1.0, "how many times longer; 1 scales nothing", at_least=1)
     rope_context: int | None = setting(None, "the context that rope_scaling and HoPE's cut start "
                                        "from; default: block_size", at_least=2)
     attn_scaling: str = setting("none", "logn: multiply the logits of the n-th query by "

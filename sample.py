@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from common import flags
-from common.checkpoint import load_checkpoint, load_model
+from common.checkpoint import load_checkpoint, load_model, scaling_factor
 from common.device import Device, DeviceConfig
 from data import nanogpt
 from data.sources import read_text, unix_lines
@@ -63,9 +63,8 @@ def main(argv=None):
     idx = torch.from_numpy(ids.astype("int64"))[None].to(device.torch_device)  # (1, T)
     overrides = {name: getattr(args, name) for name in ("rope_scaling", "attn_scaling") if getattr(args, name)}
     if args.rope_scaling:  # one factor for the whole text: cached keys are rotated already
-        length = len(ids) + args.max_new_tokens
-        L = checkpoint["config"].get("rope_context") or checkpoint["config"]["block_size"]
-        overrides["rope_factor"] = max(1.0, length / L) if args.rope_factor == "auto" else args.rope_factor
+        factor = scaling_factor(checkpoint, len(ids) + args.max_new_tokens)
+        overrides["rope_factor"] = factor if args.rope_factor == "auto" else args.rope_factor
     model = load_model(checkpoint, **overrides).to(device.torch_device)
     for _ in range(args.num_samples):
         print(start, end="", flush=True)

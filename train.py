@@ -1,14 +1,14 @@
 """
 Train a GPT on a CPU, a GPU or several:
 
-    python train.py                                             HoPE on the default text
+    python train.py                         HoPE on the default text; to see what it is good for, @config/cpu_demo
     python train.py @config/cpu_demo --pe rope --out_dir out/rope
     python train.py --resume --out_dir out/rope                 continue an interrupted run
     torchrun --nproc_per_node=4 train.py @config/cpu_demo --gradient_accumulation_steps 4
 
 Runs with the same --seed see the same batches and start from the same shared weights, whatever their encoding. A run
 leaves in OUT_DIR: ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest validation
-loss) and log.jsonl (one line per evaluation). To read the code, start with train() and Run.step().
+loss) and log.jsonl (a line per evaluation and per --log_interval). To read the code, start with train() and Run.step().
 """
 import math
 import os
@@ -209,8 +209,9 @@ class Run:
         line = {"iter": self.iter, "tokens": self.iter * self.tokens_per_step,
                 "seconds": round(time.time() - self.started, 2), **measured}
         if self.loss_count:  # there is none before the first step
-            line |= {"train_loss": self.loss_sum.item() / self.loss_count, "grad_norm": self.grad_norm.item(),
-                     "lr": self.lr}
+            line["train_loss"] = self.loss_sum.item() / self.loss_count
+        if self.grad_norm is not None:  # nor these before the first one of a resumed run
+            line |= {"grad_norm": self.grad_norm.item(), "lr": self.lr}
         self.loss_sum, self.loss_count = torch.zeros_like(self.loss_sum), 0
         self.write(append_log, "log.jsonl", line)
         if self.device.rank == 0 and not (sys.stdout.isatty() and sys.stderr.isatty()):  # else the bar shows them
@@ -335,6 +336,8 @@ def describe_run(run, copied=None):
                if getattr(settings, field.name) != field.default}
     if without_effect := sorted(changed & flags.idle(network, config.optimizer)):
         say(f"note      no effect on this run: {', '.join(f'--{name}' for name in without_effect)}")
+    if network.rope_scaling != "none" and network.rope_factor == 1:
+        say("note      --rope_scaling scales nothing without a --rope_factor above 1")
     say(f"text      {config.dataset}: {n_train:,} tokens to train on, {len(run.ids['val']):,} to validate on; "
         f"sha256 {run.meta['sha256'][:16]}")
     total = run.tokens_per_step * config.max_iters
@@ -349,9 +352,10 @@ def describe_run(run, copied=None):
         say(f"weights   {len(same)} tensors from {config.init_from}; new: {', '.join(new) or 'none'}; left out: "
             f"{', '.join(left_out) or 'none'}")
     if run.first:
-        say(f"resuming  after step {run.first:,}" + (run.first < config.max_iters > config.lr_decay_iters) * (
-            f"; the schedule ends at step {config.lr_decay_iters:,}, so from there on the learning rate stays at its "
-            "minimum"))
+        say(f"resuming  after step {run.first:,}")
+        if config.max_iters > max(run.first, config.lr_decay_iters):
+            say(f"note      the schedule ends at step {config.lr_decay_iters:,}, so from there on the learning rate "
+                "stays at its minimum")
         if run.device.type == "cpu" and run.threads not in (None, torch.get_num_threads()):
             say(f"note      {run.threads} threads before, {torch.get_num_threads()} now: sums are rounded in another "
                 "order, so the last bits will differ from those of an uninterrupted run")
@@ -406,7 +410,7 @@ def check_free(out_dir):
     files = {path.name for path in Path(out_dir).glob("*.pt")}
     if "ckpt.pt" in files:
         raise ValueError(f"{out_dir} holds a run: add --resume to continue it, or choose another --out_dir")
-    if files > {"best.pt"} or (files and load_checkpoint(out_dir)["iter"]):
+    if files - {"best.pt"} or (files and load_checkpoint(out_dir)["iter"]):
         raise ValueError(f"{missing(Path(out_dir, 'ckpt.pt'))}, or delete this folder")
 
 

@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -136,8 +136,13 @@ def from_nanogpt(checkpoint):
     """A checkpoint of nanoGPT, the same network with learned positions -> one of this project."""
     weights = {name.removeprefix("_orig_mod."): value for name, value in checkpoint["model"].items()
                if not name.endswith(".attn.bias")}  # the causal mask, which older versions store under this name
-    return {"config": {**checkpoint["model_args"], "pe": "learned"}, "model": weights, "iter": checkpoint["iter_num"],
-            "args": {"seed": None}, "dataset": None, "tokenizer": None}
+    return {"config": {**checkpoint["model_args"], "pe": "learned"}, "model": weights, "iter": checkpoint["iter_num"]}
+
+
+def scaling_factor(checkpoint, length):
+    """How many contexts of the training are in `length` tokens, at least 1: what --rope_factor auto stands for."""
+    config = checkpoint["config"]
+    return max(1.0, length / (config["rope_context"] or config["block_size"]))
 
 
 def load_model(checkpoint, **overrides):
@@ -180,7 +185,7 @@ def copy_matching_weights(model, checkpoint):
     return list(copied), new_names, [name for name in weights if name not in copied]
 
 
-# --- log.jsonl, one JSON object per evaluation ------------------------------------------------------------------------
+# --- log.jsonl, one JSON object per line ------------------------------------------------------------------------------
 
 
 def append_log(path, line):
@@ -195,23 +200,17 @@ def cut_log(path, last_iter):
 
     last_iter: -1 for a new run, which puts the log of one whose checkpoints are gone aside. Raises ValueError, and
     leaves the file as it is, if it is not this project's."""
-    kept, opening, older = [], '{"iter": ', False  # opening of a line
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    foreign = lines and not opening.startswith(lines[0][:len(opening)])
-    for line in lines:
-        try:
-            row = json.loads(line)
-            if row["iter"] <= last_iter:
-                kept.append(line + "\n")
-            elif last_iter < 0 < row["iter"]:
-                older, foreign = True, foreign or "tokens" not in row
-        except (ValueError, KeyError, TypeError):
-            break
-    if foreign:
+    opening, rows = '{"iter": ', []  # of a line
+    with suppress(ValueError, KeyError, TypeError):  # up to a line that a kill cut short
+        for line in lines:
+            rows.append((int(json.loads(line)["iter"]), line))
+    older = [line for step, line in rows if last_iter < 0 < step]
+    if lines and not opening.startswith(lines[0][:len(opening)]) or not all('"tokens": ' in line for line in older):
         raise ValueError(f"{path} is not the log of this run: move it or choose another --out_dir")
     if older:
         aside = path.with_name(f"log_before_{time.time():.0f}.jsonl")
         os.replace(path, aside)
         print(f"note: {path} is that of an earlier run and is now {aside}")
     with replacing(path) as file:
-        file.write("".join(kept).encode())
+        file.write("".join(f"{line}\n" for step, line in rows if step <= last_iter).encode())

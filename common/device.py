@@ -37,8 +37,9 @@ class Device:
         self.rank, self.n_processes = 0, 1
 
     def __str__(self):
-        threads = f"{self.torch_device} ({torch.get_num_threads()} threads)"
-        return torch.cuda.get_device_name(self.torch_device) if self.type == "cuda" else threads
+        if self.type == "cuda":
+            return torch.cuda.get_device_name(self.torch_device)
+        return f"cpu ({torch.get_num_threads()} threads)" if self.type == "cpu" else str(self.torch_device)
 
     def free_memory(self):
         """Free bytes of a GPU of CUDA, None elsewhere."""

@@ -143,18 +143,15 @@ def add_flags(parser, config, *names, **changes):
             continue
         # int | None, for a value that need not be given, is parsed as int
         kind = field.type if isinstance(field.type, type) else typing.get_args(field.type)[0]
-        limits = field.metadata["limits"]
+        limits, choices = field.metadata["limits"], field.metadata["limits"].get("one_of", ())
         if kind is bool:
             options = {"action": Switch}
-        elif "one_of" in limits:
-            options = {"choices": list(limits["one_of"]), "metavar": field.name.upper()}
+        elif choices:
+            options = {"choices": list(choices), "metavar": field.name.upper()}
         else:
             options = {"type": parsed(kind, **limits)}
-        choices = limits.get("one_of", ())
-        words = "; ".join(map(summary, choices.items())) if choices and field.name == "pe" else ", ".join(choices)
-        help = f"{field.metadata['help']}{': ' * bool(words)}{words}"
-        if users := field.metadata["used_by"]:
-            help = f"{', '.join(users)}: {help}"
+        words = "; ".join(map(summary, choices.items())) if field.name == "pe" else ", ".join(choices)
+        help = ": ".join(filter(None, (", ".join(field.metadata["used_by"]), field.metadata["help"], words)))
         options |= {"default": field.default, "help": help, **changes}
         parser.add_argument(f"--{field.name}", **options)
 
@@ -185,23 +182,19 @@ def idle(config, optimizer=None):
     """Names of the flags that have no effect with a GPTConfig and an optimizer, as hope_cutoff with pe rope."""
     short = "S" in config.kinds()
     kinds = [config, config.local()] if short else [config]
-    encodings = {kind.pe for kind in kinds}
-    names = {field.name for field in dataclasses.fields(config)
-             if field.metadata["used_by"] and not encodings.intersection(field.metadata["used_by"])}
-    if not short:
-        names |= {"window_pattern", "window", "local_pe", "local_rope_base"}
-    elif config.window == 0 and (kinds[1].pe, kinds[1].rope_base) == (config.pe, config.rope_base):
-        names |= {"window_pattern"}  # all layers are alike
-    if short and kinds[1].pe not in ROTARY:
-        names |= {"local_rope_base"}
-    if short and config.local_rope_base and config.pe not in ROTARY:
-        names |= {"rope_base"}
-    if not any(kind.rope_scaling != "none" and kind.pe in ROTARY for kind in kinds):
-        names |= {"rope_factor"}
-        names |= set() if "hope" in encodings else {"rope_context"}  # HoPE's cut follows from it
-    if optimizer == "adamw":
-        names |= {"muon_learning_rate", "muon_momentum"}
-    return names
+    encodings, last = {kind.pe for kind in kinds}, kinds[-1]
+    alike = config.window == 0 and (last.pe, last.rope_base) == (config.pe, config.rope_base)  # all layers
+    scaled = any(kind.rope_scaling != "none" and kind.pe in ROTARY for kind in kinds)
+    without_effect = {
+        "window_pattern": not short or alike, "window": not short, "local_pe": not short,
+        "local_rope_base": not short or last.pe not in ROTARY,
+        "rope_base": short and config.local_rope_base and config.pe not in ROTARY,
+        "rope_scaling": not scaled, "rope_factor": not scaled,
+        "rope_context": not scaled and "hope" not in encodings,  # HoPE's cut follows from it
+        "muon_learning_rate": optimizer == "adamw", "muon_momentum": optimizer == "adamw"}
+    return {name for name, idle in without_effect.items() if idle} | {
+        field.name for field in dataclasses.fields(config)
+        if field.metadata["used_by"] and not encodings.intersection(field.metadata["used_by"])}
 
 
 def command(script, *arguments):

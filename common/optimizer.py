@@ -16,8 +16,8 @@ LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone
 class OptimizerConfig:
     optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for "
                              "all", one_of=tuple(LEARNING_RATES))
-    learning_rate: float | None = setting(None, "AdamW's, after warm-up; default: 4e-2 beside Muon, 5e-3 alone",
-                                          above=0)
+    learning_rate: float | None = setting(None, f"AdamW's, after warm-up; default: {LEARNING_RATES['muon']} beside "
+                                          f"Muon, {LEARNING_RATES['adamw']} alone", above=0)
     muon_learning_rate: float = setting(3e-2, "Muon's learning rate, on the same schedule", at_least=0)
     muon_momentum: float = setting(0.9, "Muon: decay of the average gradient", at_least=0, below=1)
     min_lr: float | None = setting(None, "learning rate at lr_decay_iters and after; default: a tenth", at_least=0)

@@ -11,6 +11,7 @@ import re
 import sys
 from contextlib import nullcontext
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,16 @@ def test_scaled_runs_stand_beside_unscaled_ones_and_auto_gives_each_bucket_its_o
             logits = all_logits(model, windows[:, :bucket["end"]])
         losses = -logits.log_softmax(-1).gather(-1, windows[:, 1:bucket["end"] + 1, None])[..., 0]
         assert bucket["nll"] == pytest.approx(losses[:, bucket["start"]:].mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("changes, scales", [
+    (dict(pe="hope"), True), (dict(pe="alibi"), False), (dict(pe="nope", local_pe="rope"), False),
+    (dict(pe="rope", local_pe="nope"), True), (dict(pe="nope", local_pe="rope", window=33), True)])
+def test_scaling_is_tried_where_a_layer_rotates_and_sees_more_than_l_tokens(changes, scales):
+    config = tiny(**{"window_pattern": "SL" if "local_pe" in changes else "L", "window": 4, **changes}).config
+    assert eval_extrapolation.can_scale(config) == scales
+    args = SimpleNamespace(rope_scaling=["none", "pi"], rope_factor="auto", attn_scaling=None)
+    assert len(eval_extrapolation.scalings(args, vars(config))) == 1 + scales
 
 
 def test_a_model_trained_with_scaling_is_scored_with_it_unless_another_is_asked_for(finished_run, dataset, tmp_path):

@@ -54,7 +54,8 @@ def reference(model, idx):
         logits = torch.full((HEADS, T, T), -math.inf, dtype=torch.float64)
         for m in range(T):
             factor = (0.1 * math.log(config.rope_factor) + 1) ** 2 if scaling == "yarn" and turns else 1.0
-            factor *= max(1.0, math.log(m + 1) / math.log(config.block_size)) if logn == "logn" else 1.0
+            seen = min(m + 1, window)
+            factor *= max(1.0, math.log(seen) / math.log(config.block_size)) if logn == "logn" else 1.0
             for n in range(m + 1):
                 if m - n < window:
                     product = factor * products[:, m, n].real / math.sqrt(WIDTH // HEADS)
@@ -299,6 +300,17 @@ def test_top_k_larger_than_the_vocabulary_is_all_of_it():
     assert set(model.generate(idx, 1, top_k=500)[:, 1].tolist()) == {0, 1, 2}
 
 
+def test_of_equal_logits_no_more_than_top_k_are_drawn_and_greedy_does_not_depend_on_the_seed():
+    model, idx, texts = tiny("hope"), torch.zeros(300, 1, dtype=torch.long), []
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    assert len(set(model.generate(idx, 1, top_k=3)[:, 1].tolist())) == 3
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        texts.append(model.generate(idx, 3, temperature=0))
+    assert torch.equal(*texts)
+
+
 def test_learned_refuses_to_read_past_its_table_and_a_cache_past_its_room():
     with pytest.raises(ValueError, match="at most 32 tokens"):
         tiny("learned")(torch.zeros(1, 33, dtype=torch.long))
@@ -366,6 +378,17 @@ def test_generation_has_no_dropout_and_leaves_the_model_in_its_mode():
             idx = torch.cat((idx, token), dim=1)
         assert torch.equal(idx, greedy) and model.transformer.drop.training == training
         idx = idx[:, :5]
+
+
+def test_a_generation_that_is_interrupted_leaves_the_model_in_its_mode():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    model = tiny("hope").train()
+    model.lm_head.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(torch.zeros(1, 1, dtype=torch.long), 1)
+    assert model.training and model.transformer.h[0].mlp.training
 
 
 def test_targets_of_another_shape_or_all_minus_one_are_refused():

@@ -1,4 +1,5 @@
 """What scripts show: names, numbers, colours, pictures."""
+import json
 import math
 
 import pytest
@@ -15,6 +16,14 @@ def test_names_are_the_shortest_that_tell_runs_apart():
 
 def test_results_keep_four_digits_and_no_nan():
     assert rounded({"a": [1.23456, math.nan, {"b": 3}], "c": "x"}, digits=4) == {"a": [1.235, None, {"b": 3}], "c": "x"}
+
+
+def test_text_is_written_as_it_is_and_the_command_can_be_pasted(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x", "my  runs/[ 1 ]"])
+    report.write_json(tmp_path / "a.json", "-m experiments.x", {"rows": [["a  b", "[ 1 ]"], [1, 2.5], []]})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text)["rows"] == [["a  b", "[ 1 ]"], [1, 2.5], []] and "  [1, 2.5]" in text
+    assert json.loads(text)["command"] == "python -m experiments.x 'my  runs/[ 1 ]'"
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, fails):

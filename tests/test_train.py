@@ -13,6 +13,7 @@ import random
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -559,6 +560,25 @@ def test_resume_may_evaluate_more_often_and_says_when_the_schedule_is_over(finis
     resumed(tmp_path / "run", "--max_iters", "14", "--eval_interval", "2")
     assert [line["iter"] for line in log(tmp_path / "run")] == [0, 5, 10, 12, 14]
     assert "the schedule ends at step 10, so from there on" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [("--max_iters", "8"), ("--eval_interval", "4"), ("--log_interval", "8")])
+def test_a_run_that_was_stopped_between_evaluations_may_evaluate_as_soon_as_it_is_resumed(
+        dataset, tmp_path, at_batch, given):
+    alive = []
+    at_batch(7, lambda: alive or os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        run(dataset, tmp_path, "--max_iters", "10")
+    alive.append("again")
+    last = resumed(tmp_path, *given)["iter"]
+    assert last == (8 if "--max_iters" in given else 10)
+    assert {line["iter"]: line for line in log(tmp_path)}[last]["train_loss"] > 0
+
+
+@pytest.mark.parametrize("factor, noted", [("1", True), ("2", False)])
+def test_a_scaling_by_1_is_noted(dataset, tmp_path, capsys, factor, noted):
+    run(dataset, tmp_path, "--max_iters", "1", "--rope_scaling", "yarn", "--rope_factor", factor)
+    assert ("--rope_scaling scales nothing" in capsys.readouterr().out) == noted
 
 
 @pytest.mark.parametrize("steps, noted", [(["--max_iters", "12"], True), ([], False)])
