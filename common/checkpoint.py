@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from common.flags import command, describe
+from data.tokenizer import check_saved
 from model import GPT, GPTConfig
 
 # --- Atomic writes ----------------------------------------------------------------------------------------------------
@@ -101,9 +102,11 @@ def load_checkpoint(path):
                 checkpoint = from_nanogpt(checkpoint)
             absent = {"model": {}, "tokenizer": None, "args": {}, "dataset": None, "iter": 0}
             checkpoint = {**absent, **checkpoint}
-            for name, kinds in KINDS.items():
-                if not isinstance(checkpoint[name], kinds):
-                    raise TypeError(f"{name} is {type(checkpoint[name]).__name__}")
+            check_kinds(checkpoint, KINDS)
+            if checkpoint["tokenizer"]:
+                check_saved(checkpoint["tokenizer"])
+            if checkpoint["dataset"]:
+                check_kinds(checkpoint["dataset"], {"path": str, "sha256": str})
             checkpoint["args"].setdefault("seed", None)
             checkpoint["dataset"] = checkpoint["dataset"] or None
         except Exception as error:  # torch raises a dozen types here; the remedy is the same for all
@@ -119,6 +122,13 @@ def load_checkpoint(path):
 
 
 KINDS = {"config": dict, "model": dict, "args": dict, "iter": int, "tokenizer": dict | None, "dataset": dict | None}
+
+
+def check_kinds(found, kinds):
+    """Raises KeyError or TypeError if something is missing in a dict or of another type. kinds: name -> type."""
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind):
+            raise TypeError(f"{name} is {found[name]!r:.50}")
 
 
 def missing(path):

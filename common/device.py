@@ -107,8 +107,9 @@ def pick_device(name):
     try:
         x = torch.ones(8, 8, device=name)
         (x @ x).sum().item()  # a kernel has to run, too: an old GPU may have none in this build of PyTorch
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError, ImportError) as error:
+        absent = isinstance(error, (ImportError, NotImplementedError))  # a module of torch, or all of its operations
+        reason = "this PyTorch is built without it" if absent else str(error).splitlines()[0]
         if auto and name != "cpu" and not is_out_of_memory(error):
             print(f"note: {name} cannot be used ({reason}); using the CPU")
             return torch.device("cpu")

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from data import nanogpt
-from data.prepare import dataset_path, prepare, read_meta, remedy
-from data.sources import read_text, sha256
+from data.prepare import command, dataset_path, prepare, read_meta, remedy
+from data.sources import DATA_SET_FILES, read_text, sha256
 from data.tokenizer import encode_checked, load_tokenizer, shown
 
 DEFAULT_DATASET = "data/pysrc_char"
@@ -25,10 +25,12 @@ def open_dataset(name):
     path = dataset_path(name)
     if nanogpt.is_data_folder(path):
         return nanogpt.open_data_folder(path)
-    if not (path / "meta.json").exists():
+    if not any((path / file).exists() for file in DATA_SET_FILES):
+        if path.exists():  # a text, or a folder of texts
+            raise ValueError(f"{path} is no data set: make one of it with `{command('--source', path)}`")
         if path != dataset_path(DEFAULT_DATASET):
-            raise FileNotFoundError(f"no data set in {path}: make one with `python -m data.prepare --source YOUR_TEXT "
-                                    f"--out_dir {path}`")
+            new = command("--source", "YOUR_TEXT", "--out_dir", path)
+            raise FileNotFoundError(f"no data set in {path}: make one with `{new}`")
         print(f"preparing {path} from the installed torch and numpy, this takes seconds")
         prepare()
     meta = read_meta(path)
@@ -36,7 +38,7 @@ def open_dataset(name):
         return meta, {part: open_ids(path / f"{part}.bin", meta["vocab_size"], meta["tokens"][part],
                                      meta["files"][f"{part}.bin"]) for part in ("train", "val")}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}): {remedy(path, meta.get('arguments'))}") from error
+        raise ValueError(f"{path} is damaged ({error}): {remedy(path, meta['arguments'])}") from error
 
 
 def open_ids(file, vocab_size, n_tokens, known_sha256):

@@ -11,7 +11,6 @@ id) and meta.json (tokenizer, counts, sha256, and the arguments it was made with
 import json
 import os
 import re
-import shlex
 import shutil
 import sys
 from importlib import metadata
@@ -23,9 +22,9 @@ if __name__ == "__main__":  # started as data/prepare.py, Python looks for impor
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import flags
-from common.checkpoint import lock
+from common.checkpoint import check_kinds, lock
 from data.sources import DATA_SET_FILES, SOURCES, Source, read_own, read_source, sha256, sha256_of
-from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY
+from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY, check_saved
 
 PROJECT = Path(__file__).resolve().parent.parent
 VAL_FRACTION = 0.1
@@ -33,11 +32,11 @@ LONG = 16 * 512  # tokens: enough for a window of 16 times a trained context of 
 
 
 def dataset_path(name):
-    """The folder of a data set. A relative name is looked for in the current folder, then in the project's.
+    """The path of a data set. A relative name is looked for in the current folder, then in the project's.
 
     A single word, as nanoGPT takes it, is also looked for in the project's data folder. If there is no such folder,
     this is where it would be made."""
-    if Path(name).is_dir() or Path(name).is_absolute():
+    if Path(name).exists() or Path(name).is_absolute():
         return Path(name)
     single_word = len(Path(name).parts) == 1 and not (PROJECT / name).is_dir()
     path = PROJECT / "data" / name if single_word else PROJECT / name
@@ -120,7 +119,7 @@ def short_name(sources):
 def check_same(folder, arguments, text_sha256):
     """Raises ValueError if a data set was made with other arguments or from another text, or if it is damaged."""
     meta = read_meta(folder)
-    was = meta.get("arguments", {})
+    was = meta["arguments"]
     changed = [f"--{name} was {str(was.get(name)):.200} and is now {str(value):.200}"
                for name, value in arguments.items() if was.get(name) != value]
     if not changed and meta["sha256"] != text_sha256:
@@ -132,25 +131,38 @@ def check_same(folder, arguments, text_sha256):
                          "--out_dir, or delete this folder first")
 
 
+# What is read of meta.json: values of a type, and numbers of both parts as write_part() counts them
+META = {"sha256": str, "tokenizer": dict, "vocab_size": int, "files": dict, "arguments": dict}
+COUNTS = ("documents", "long_documents", "characters", "tokens", "characters_per_token", "bytes_per_token",
+          "unknown_characters")
+
+
 def read_meta(folder):
     """What meta.json says of a data set -> dict. Raises ValueError if that is not enough to use it."""
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        for name in ("sha256", "tokenizer", "vocab_size", "tokens", "files"):
-            meta[name]
-    except (ValueError, KeyError, TypeError) as error:
+        check_kinds(meta, META)
+        for name in COUNTS:
+            sum(meta[name][part] for part in ("train", "val"))  # a TypeError unless both are numbers
+        check_saved(meta["tokenizer"])
+    except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error!r}): {remedy(folder)}") from error
     return meta
 
 
 def remedy(folder, arguments=None):
     """How to make a damaged data set again, with a command for a shell. arguments: None if they are not known."""
-    script = ["-m", "data.prepare"] if Path.cwd() == PROJECT else [str(PROJECT / "data" / "prepare.py")]
+    words = []
     for name, value in {**(arguments or {}), "out_dir": folder}.items():
         if value is not None:
-            script += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return (f"delete this folder and make it again with `{shlex.join(['python', *script])}`"
+            words += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    return (f"delete this folder and make it again with `{command(*words)}`"
             + " and the arguments that it was made with" * (not arguments))
+
+
+def command(*arguments):
+    """This script as a command that can be pasted."""
+    return flags.command("data/prepare.py", *arguments)
 
 
 def write_dataset(place, splits, encoder, meta):
@@ -213,11 +225,11 @@ def print_summary(meta):
               f"16 x 512 tokens;  {meta['characters'][name]:,} characters  {meta['tokens'][name]:,} tokens")
     print(f"vocabulary of {meta['vocab_size']:,} tokens; on average {meta['characters_per_token']['train']:.2f} "
           f"characters, {meta['bytes_per_token']['train']:.2f} bytes per token")
-    if meta["arguments"]["charset"]:
-        unknown = sum(meta["unknown_characters"].values())
+    if charset := meta["arguments"].get("charset"):
+        unknown, total = (sum(meta[name].values()) for name in ("unknown_characters", "characters"))
         why = {"ascii": "--charset auto gives them one", "auto": "they occur in the validation text alone"}
-        print(f"{unknown:,} characters have no token of their own"
-              + f" ({why[meta['arguments']['charset']]})" * (unknown > 0))
+        print(f"{unknown:,} characters ({unknown / total:.1%}) have no token of their own"
+              + f": {why[charset]}" * (unknown > 0))
     print(f"text sha256 {meta['sha256']}")
 
 
@@ -229,7 +241,7 @@ def main(argv=None):
             print(f"note: --{name} has no effect with --tokenizer {args.tokenizer}")
     out_dir = prepare(**vars(args))
     print_summary(read_meta(out_dir))
-    print(f"train on it with: python train.py --dataset {shlex.quote(str(out_dir))}")
+    print(f"train on it with: {flags.command('train.py', '--dataset', out_dir)}")
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ def to_text(raw, name, encoding="utf-8"):
         found = "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
         raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
     if b"\0" in raw:
-        raise ValueError(f"{name} is a binary file: only text can be read")
+        raise ValueError(f"{name} is a binary file or UTF-16: its byte at offset {raw.index(0):,} is 0. Convert UTF-16 "
+                         "with `iconv -f utf-16 -t utf-8`; from text of another encoding, remove the zero bytes")
     try:
         return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # Windows' byte order mark
     except UnicodeDecodeError as error:

@@ -45,7 +45,7 @@ class CharTokenizer:
     label = "char"
     uses = ("charset",)
 
-    def __init__(self, chars=PRINTABLE_ASCII):
+    def __init__(self, chars):
         """Raises ValueError if there are more characters than ids."""
         self.chars = chars
         self.unknown, self.end_of_document = len(chars), len(chars) + 1
@@ -176,7 +176,9 @@ def train_bpe(texts, n_tokens):
 
 
 class BPETokenizer:
-    """Byte-pair tokens learned from a text. ranks: a .tiktoken file, one line "TOKEN_IN_BASE64 ID" per token."""
+    """Byte-pair tokens learned from a text. ranks: a .tiktoken file, one line "TOKEN_IN_BASE64 ID" per token.
+
+    Raises ValueError if it is damaged or lacks a byte: tiktoken would stop the program at a text with this byte."""
 
     label = "bpe{vocab_size}"
     uses = ("vocab_size",)
@@ -184,6 +186,8 @@ class BPETokenizer:
 
     def __init__(self, ranks):
         tokens = [base64.b64decode(line.split()[0]) for line in ranks.splitlines()]
+        if not {bytes([byte]) for byte in range(256)} <= set(tokens):
+            raise ValueError("the 256 bytes are not among the tokens")
         self._ranks = ranks
         self._use(tiktoken.Encoding("bpe", pat_str=PIECES, special_tokens={END_OF_DOCUMENT: len(tokens)},
                                     mergeable_ranks={token: i for i, token in enumerate(tokens)}))
@@ -255,6 +259,14 @@ def load_tokenizer(saved):
     """The result of to_dict() -> the tokenizer."""
     kind, *values = saved.values()
     return KINDS[kind](*values)
+
+
+def check_saved(saved):
+    """Raises ValueError, KeyError or TypeError if this is not the result of to_dict(). Downloads nothing."""
+    if not all(isinstance(value, str) and value for value in saved.values()):
+        raise TypeError("the tokenizer's values are not texts")
+    if saved["kind"] != "gpt2":
+        load_tokenizer(saved)
 
 
 def count_characters(tokenizer, ids):

@@ -152,6 +152,16 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
+def damaged(saved):
+    """A nested dict -> yield (keys, copy), in which the value at these keys is absent or of another type."""
+    for name, value in saved.items():
+        yield (name,), {key: kept for key, kept in saved.items() if key != name}
+        yield from (((name,), {**saved, name: other}) for other in (None, 5, "text", [], {})
+                    if not isinstance(other, type(value)))
+        if isinstance(value, dict):
+            yield from (((name, *keys), {**saved, name: copy}) for keys, copy in damaged(value))
+
+
 # --- ways to call, watch and interrupt
 
 

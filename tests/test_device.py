@@ -72,6 +72,14 @@ def test_a_gpu_that_is_full_too_old_or_missing_is_refused_with_the_reason(monkey
         common_device.pick_device("cuda")
 
 
+@pytest.mark.parametrize("error", [
+    ModuleNotFoundError("No module named 'torch.hpu'"), NotImplementedError("Could not run 'aten::empty'")])
+def test_a_device_that_is_not_in_this_pytorch_is_refused_in_words_of_the_user(monkeypatch, error):
+    monkeypatch.setattr(torch, "ones", lambda *size, device: Kernel(error))
+    with pytest.raises(ValueError, match="--device hpu cannot be used: this PyTorch is built without it; use --device"):
+        common_device.pick_device("hpu")
+
+
 @pytest.mark.parametrize("found, taken", [(None, "cpu"), ("mps", "mps"), ("xpu", "xpu")])
 def test_auto_takes_the_accelerator_that_there_is(monkeypatch, found, taken):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found and torch.device(found))

@@ -50,7 +50,7 @@ def test_a_stale_or_edited_data_set_is_refused_with_the_command_that_makes_it_an
         dataset, tmp_path, fails, name, change, words):
     folder = changed_copy(dataset, tmp_path, name, change)
     code, lines = fails(train, [*TINY_FLAGS, "--dataset", folder, "--out_dir", str(tmp_path / "out")])
-    assert code == 2 and len(lines) == 1 and words in lines[0] and "python -m data.prepare" in lines[0]
+    assert code == 2 and len(lines) == 1 and words in lines[0] and "data/prepare.py --" in lines[0]
     assert not (tmp_path / "out").exists()
 
 

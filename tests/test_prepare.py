@@ -3,6 +3,7 @@ From text to a data set: what is held out, what meta.json says, where the folder
 
     python -m pytest tests/test_prepare.py
 """
+import json
 import os
 import shlex
 import shutil
@@ -12,17 +13,20 @@ import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data.prepare
+import train
 from data import loader
 from data.loader import open_dataset
 from data.prepare import prepare
 from data.sources import SOURCES, Source, sha256
 from data.tokenizer import KINDS, load_tokenizer
+from tests.conftest import damaged
 
 PROJECT = Path(__file__).resolve().parent.parent
 STORY = "It was a dark and stormy night. "
@@ -135,12 +139,12 @@ def test_charset_auto_is_advised_only_if_it_was_not_given(novel, tmp_path, capsy
     for charset in ("ascii", "auto"):
         data.prepare.main(["--source", str(novel), "--charset", charset, "--out_dir", str(tmp_path / charset)])
         [found[charset]] = [line for line in capsys.readouterr().out.splitlines() if "no token of their own" in line]
-    assert found["ascii"] == "3 characters have no token of their own (--charset auto gives them one)"
+    assert found["ascii"] == "3 characters (0.1%) have no token of their own: --charset auto gives them one"
     assert found["auto"].startswith("3 characters") and "--charset" not in found["auto"]
     assert "validation text" in found["auto"]
     novel.write_text("abc " * 500)
     data.prepare.main(["--source", str(novel), "--out_dir", str(tmp_path / "known")])
-    assert "\n0 characters have no token of their own\n" in capsys.readouterr().out
+    assert "\n0 characters (0.0%) have no token of their own\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -175,27 +179,29 @@ def test_data_prepare_is_a_script_for_any_folder_and_names_the_encoding_of_each_
     (tmp_path / "set" / "val.bin").write_bytes(b"")
     code, lines = python("-c", f"import sys; sys.path.insert(0, {str(PROJECT)!r}); import data.loader; "
                          "data.loader.open_dataset('set')")
-    assert code == 1 and remedy(lines[-1])[:2] == ["python", str(script)]
+    assert code == 1 and remedy(lines[-1])[1] == str(script)
 
 
 @pytest.mark.parametrize("flags", [
     ["--charset", "auto", "--documents", "25"], ["--tokenizer", "bpe", "--vocab_size", "300"]], ids=["char", "bpe"])
-def test_the_remedy_for_a_damaged_set_makes_the_same_set_again(tmp_path, monkeypatch, flags):
+def test_the_remedy_for_a_damaged_set_makes_the_same_set_again(tmp_path, monkeypatch, capsys, flags):
     folder = tmp_path / "O'Neill's notes"
     folder.mkdir()
     for i in range(30):
         (folder / f"{i}.md").write_text(f"Grüße von Dokument {i}. " * 20, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     data.prepare.main(["--source", f"{folder.name}/*.md", "--out_dir", "my set", *flags])
+    printed = shlex.split(capsys.readouterr().out.splitlines()[-1].partition(": ")[2])
+    assert printed[1:] == [str(PROJECT / "train.py"), "--dataset", "my set"]
     meta, whole = open_dataset("my set")[0], content(tmp_path / "my set")
     Path("my set/train.bin").write_bytes(b"\0\0" * 10)
     monkeypatch.chdir(PROJECT)  # the remedy does not depend on the folder
     with pytest.raises(ValueError, match="damaged.*should have.*: delete this folder and") as error:
         open_dataset(tmp_path / "my set")
-    python, *command = remedy(str(error.value))
-    assert (python, command[:2]) == ("python", ["-m", "data.prepare"])
+    _, script, *arguments = remedy(str(error.value))
+    assert script == "data/prepare.py"
     shutil.rmtree(tmp_path / "my set")
-    data.prepare.main(command[2:])
+    data.prepare.main(arguments)
     found = content(tmp_path / "my set")
     assert found.pop("meta.json") and whole.pop("meta.json") and found == whole
     assert {**open_dataset(tmp_path / "my set")[0], "source": f"{folder.name}/*.md"} == meta  # its source as typed
@@ -249,6 +255,20 @@ def test_the_default_data_set_is_made_in_the_project_and_not_in_the_current_fold
     meta, _ = open_dataset(name)
     assert meta["source"] == "pysrc" and files_under(".") == []
     assert (project / "data" / "pysrc_char" / "train.bin").exists()
+
+
+def test_a_text_that_is_named_as_a_data_set_is_answered_with_the_command_that_makes_one_of_it(project, fails):
+    Path("my notes").mkdir()
+    for name in ("novel.txt", "my notes/a.md"):
+        Path(name).write_text(f"{STORY} {name} " * 50)
+    for name, made in (("novel.txt", "novel_char"), ("my notes", "my_notes_char")):
+        code, [line] = fails(train, ["--dataset", name])
+        _, script, *arguments = remedy(line)
+        assert code == 2 and script == str(PROJECT / "data" / "prepare.py")
+        data.prepare.main(arguments)
+        assert sorted(open_dataset(made)[1]) == ["train", "val"]
+    code, [line] = fails(train, ["--dataset", "no such"])
+    assert code == 2 and remedy(line)[2:] == ["--source", "YOUR_TEXT", "--out_dir", str(project / "data" / "no such")]
 
 
 def test_trainings_that_start_at_once_make_the_default_data_set_once(project, monkeypatch):
@@ -305,6 +325,27 @@ def test_a_damaged_data_set_is_neither_kept_nor_replaced(novel, tmp_path, fails,
     code, lines = fails(data.prepare, flags)
     assert code == 2 and len(lines) == 1 and words in lines[0] and "delete this folder" in lines[0]
     assert (tmp_path / "set" / name).read_text() == "{"
+
+
+@pytest.mark.parametrize("kind", ["char", "bpe"])
+def test_what_meta_json_lacks_or_holds_of_another_type_is_no_traceback(novel, tmp_path, kind):
+    arguments = ["--source", str(novel), "--tokenizer", kind, "--out_dir", str(tmp_path / "set")]
+    data.prepare.main(arguments)
+    path = tmp_path / "set" / "meta.json"
+    for keys, changed in damaged(json.loads(path.read_text())):
+        path.write_text(json.dumps(changed))
+        needed = keys[0] == "tokenizer" or len(keys) == 1 and keys[0] in {*data.prepare.META, *data.prepare.COUNTS}
+        for act in (lambda: open_dataset(tmp_path / "set"), lambda: data.prepare.main(arguments)):
+            with pytest.raises(ValueError, match="damaged.*delete this folder") if needed else suppress(ValueError):
+                act()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train.bin"])
+def test_a_set_that_lacks_a_file_is_called_damaged(novel, tmp_path, name):
+    prepare(str(novel), "bpe", tmp_path / "set", vocab_size=300)
+    (tmp_path / "set" / name).unlink()
+    with pytest.raises(ValueError, match="damaged.*No such file.*delete this folder and make it again with"):
+        open_dataset(tmp_path / "set")
 
 
 @pytest.mark.parametrize("prepared", [True, False])

@@ -224,6 +224,7 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
     ("Gr\u00fc\u00dfe".encode("utf-16"), "is UTF-16.*iconv -f utf-16 "),
     ("a".encode("utf-32"), "is UTF-32.*iconv -f utf-32 "),
     (b"\0\0\xfe\xff\0\0\0a", "is UTF-32"), (b"\xfe\xff\0a", "is UTF-16"), (b"P\0NG", "binary file"),
+    ("Gr\u00fc\u00dfe".encode("utf-16-le"), "UTF-16: its byte at offset 1 is 0.*iconv -f utf-16 .*zero bytes"),
     ("\u00e9t\u00e9 ".encode() + b"caf\xe9 ", "offset 9 is 0xe9.*Correct.*cp1252.*iconv -f ENCODING .* check"),
     (b"\xef\xbb\xbfab\xff", "offset 5 is 0xff"), (b"cut \xe6\x97", "offset 4 is 0xe6")])
 def test_what_is_not_utf8_is_named_with_the_place_and_a_remedy_that_destroys_nothing(tmp_path, raw, words):

@@ -134,6 +134,14 @@ def test_a_tokenizer_is_restored_from_a_checkpoint_and_from_json(bpe, tmp_path):
             assert (again.encode(ODD_TEXT) == made.encode(ODD_TEXT)).all()
 
 
+def test_byte_pairs_that_lack_a_byte_are_refused(bpe):
+    """tiktoken stops the program when a text has this byte."""
+    lines = bpe.to_dict()["tiktoken"].splitlines()
+    for ranks in ("\n".join(lines[:100] + lines[101:]), "\n".join(lines[:100]), "", "no ranks"):
+        with pytest.raises(ValueError):
+            BPETokenizer(ranks)
+
+
 def test_tiktoken_reads_the_merges_in_its_own_format(bpe, code, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     (tmp_path / "bpe.tiktoken").write_text(bpe.to_dict()["tiktoken"])
