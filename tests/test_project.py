@@ -283,7 +283,7 @@ def test_the_example_of_contributing_is_an_encoding(tmp_path):
 PROMISES = {
     "default text is the Python source of the installed torch and numpy":
         "test_sources.py::test_the_default_text_needs_no_network_and_holds_long_documents",
-    "This method is all in which they differ":
+    "they differ in this method alone":
         "test_encodings.py::test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope",
     "rotates the fastest fraction p of the pairs":
         "test_encodings.py::test_prope_keeps_the_fastest_int_of_p_d_over_2_pairs_and_does_not_respread_them",
