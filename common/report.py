@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def rounded(value, digits):
 
 def write_json(path, script, result, digits=17):
     """Write result, preceded by the command and the version of torch. A list of numbers takes one line."""
-    result = {"command": " ".join(["python", script, *sys.argv[1:]]), "torch": torch.__version__, **result}
+    result = {"command": shlex.join(["python", script, *sys.argv[1:]]), "torch": torch.__version__, **result}
     text = json.dumps(rounded(result, digits), indent=1)
     text = re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda row: "[" + " ".join(row[1].split()) + "]", text)
     with replacing(path) as file:

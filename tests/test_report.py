@@ -1,5 +1,7 @@
 """What scripts show: names, numbers, colours, pictures."""
+import json
 import math
+import shlex
 
 import pytest
 
@@ -15,6 +17,14 @@ def test_names_are_the_shortest_that_tell_runs_apart():
 
 def test_results_keep_four_digits_and_no_nan():
     assert rounded({"a": [1.23456, math.nan, {"b": 3}], "c": "x"}, digits=4) == {"a": [1.235, None, {"b": 3}], "c": "x"}
+
+
+def test_the_command_in_a_json_file_can_be_pasted(tmp_path, monkeypatch):
+    words = ["out/my run", "--text", "it's here.txt", "@config/cpu_demo"]
+    monkeypatch.setattr("sys.argv", ["eval_extrapolation.py", *words])
+    report.write_json(tmp_path / "r.json", "eval_extrapolation.py", {})
+    command = json.loads((tmp_path / "r.json").read_text())["command"]
+    assert shlex.split(command) == ["python", "eval_extrapolation.py", *words] and command.endswith(" @config/cpu_demo")
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, fails):
