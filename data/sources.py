@@ -169,7 +169,7 @@ def read_own(sources):
                 raise
             skipped.append(error)
     if skipped:
-        print(f"note: skipped {len(skipped)} of {len(files)} files that cannot be read as text: {skipped[0]}")
+        print(f"note: skipped {len(skipped)} of {len(files)} files that cannot be read, such as {skipped[0]}")
     if copies := len(files) - len(skipped) - len(documents):
         print(f"note: skipped {copies} of {len(files)} files: exact copies of others")
     if marked := [file for file in documents.values() if file.suffix.lower() in MARKED_UP]:
