@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from common.flags import command, describe
-from data.tokenizer import check_saved
 from model import GPT, GPTConfig
 
 # --- Atomic writes ----------------------------------------------------------------------------------------------------
@@ -103,8 +102,6 @@ def load_checkpoint(path):
             absent = {"model": {}, "tokenizer": None, "args": {}, "dataset": None, "iter": 0}
             checkpoint = {**absent, **checkpoint}
             check_kinds(checkpoint, KINDS)
-            if checkpoint["tokenizer"]:
-                check_saved(checkpoint["tokenizer"])
             if checkpoint["dataset"]:
                 check_kinds(checkpoint["dataset"], {"path": str, "sha256": str})
             checkpoint["args"].setdefault("seed", None)

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # started as data/prepare.py, Python looks for impor
 from common import flags
 from common.checkpoint import check_kinds, lock
 from data.sources import DATA_SET_FILES, SOURCES, Source, read_own, read_source, sha256, sha256_of
-from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY, check_saved
+from data.tokenizer import CHARSETS, KINDS, LARGEST_VOCABULARY, from_dict
 
 PROJECT = Path(__file__).resolve().parent.parent
 VAL_FRACTION = 0.1
@@ -144,7 +144,8 @@ def read_meta(folder):
         check_kinds(meta, META)
         for name in COUNTS:
             sum(meta[name][part] for part in ("train", "val"))  # a TypeError unless both are numbers
-        check_saved(meta["tokenizer"])
+        if meta["tokenizer"] != {"kind": "gpt2"}:  # which may have to be downloaded
+            from_dict(meta["tokenizer"])
     except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
         raise ValueError(f"{folder}/meta.json is damaged ({error!r}): {remedy(folder)}") from error
     return meta

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -168,12 +169,12 @@ def read_own(sources):
                 raise
             skipped.append(error)
     if skipped:
-        print(f"note: skipped {len(skipped)} files that cannot be read as text, such as this one: {skipped[0]}")
+        print(f"note: skipped {len(skipped)} of {len(files)} files that cannot be read, such as {skipped[0]}")
     if copies := len(files) - len(skipped) - len(documents):
-        print(f"note: skipped {copies} files that are exact copies of others")
+        print(f"note: skipped {copies} of {len(files)} files: exact copies of others")
     if marked := [file for file in documents.values() if file.suffix.lower() in MARKED_UP]:
-        print(f"note: {len(marked)} files, such as {marked[0]}, are read as they are, markup included: to train on the "
-              "text alone, extract it to .txt files, one per document")
+        print(f"note: read {len(marked)} of {len(files)} files with their markup, for example {marked[0]}: to train on "
+              "the text alone, extract it to .txt files, one per document")
     return list(documents)
 
 
@@ -182,6 +183,9 @@ def own_files(source):
     path = Path(source)
     if path.is_file():
         return [path]
+    if source and path.exists() and not path.is_dir():
+        raise ValueError(f"--source {source} is a pipe or a device: save its text in a file, so that the data set can "
+                         "be made again")
     found = files_in(path) if source and path.is_dir() else map(Path, glob.glob(source, recursive=True))
     files = [file for file in found if file.is_file()]
     if not files and not path.is_dir():
@@ -209,18 +213,19 @@ def read_text(path):
 
 def to_text(raw, name, encoding="utf-8"):
     """Bytes as text with Unix line ends. Raises ValueError, which names the file, if they are not text."""
+    convert = f"-t utf-8 {shlex.quote(str(name))} > NEW.txt`"
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):  # UTF-32-LE: as UTF-16-LE
         found = "UTF-32" if raw.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)) else "UTF-16"
-        raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} -t utf-8`")
+        raise ValueError(f"{name} is {found} and not UTF-8 text: convert it with `iconv -f {found.lower()} {convert}")
     if b"\0" in raw:
-        raise ValueError(f"{name} is a binary file or UTF-16: its byte at offset {raw.index(0):,} is 0. Convert UTF-16 "
-                         "with `iconv -f utf-16 -t utf-8`; from text of another encoding, remove the zero bytes")
+        raise ValueError(f"{name} is a binary file, or text in UTF-16 or with stray zero bytes, the first at offset "
+                         f"{raw.index(0):,}: only UTF-8 text can be read")
     try:
         return unix_lines(raw.decode(encoding).removeprefix("\ufeff"))  # Windows' byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text: the byte at offset {error.start:,} is 0x{raw[error.start]:02x}. "
                          "Correct this place if only this is damaged. Else convert the file from its encoding (cp1252, "
-                         "shift_jis, ...) with `iconv -f ENCODING -t utf-8`, and check the result") from error
+                         f"shift_jis, ...) with `iconv -f ENCODING {convert}, and check the result") from error
 
 
 def unix_lines(text):

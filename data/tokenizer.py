@@ -255,18 +255,20 @@ class GPT2Tokenizer(BPETokenizer):
 KINDS = {"char": CharTokenizer, "bpe": BPETokenizer, "gpt2": GPT2Tokenizer}
 
 
-def load_tokenizer(saved):
-    """The result of to_dict() -> the tokenizer."""
+def from_dict(saved):
+    """The result of to_dict() -> the tokenizer. Raises ValueError, KeyError or TypeError if it is something else."""
     kind, *values = saved.values()
+    if not all(isinstance(value, str) for value in values):
+        raise TypeError("its values are not texts")
     return KINDS[kind](*values)
 
 
-def check_saved(saved):
-    """Raises ValueError, KeyError or TypeError if this is not the result of to_dict(). Downloads nothing."""
-    if not all(isinstance(value, str) and value for value in saved.values()):
-        raise TypeError("the tokenizer's values are not texts")
-    if saved["kind"] != "gpt2":
-        load_tokenizer(saved)
+def load_tokenizer(saved):
+    """The tokenizer of a checkpoint or of meta.json. Raises ValueError if it is damaged."""
+    try:
+        return from_dict(saved)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the stored tokenizer is damaged ({error!r}): use another checkpoint") from error
 
 
 def count_characters(tokenizer, ids):

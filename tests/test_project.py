@@ -32,7 +32,7 @@ MISTAKES = {
     train: [
         ("--pe rotary", "nope"), ("--optimizer sgd", "muon"), ("--block-size 64", "--block_size"),
         ("--layers 3", "--n_layer"), ("--max_iters many", "whole number"), ("--learning_rate nan", "number"),
-        ("--rope_base inf", "finite number"), ("@{tmp}/none", "none"), ("--dataset {tmp}/none", "data.prepare"),
+        ("--rope_base inf", "finite number"), ("@{tmp}/none", "none"), ("--dataset {tmp}/none", "data/prepare.py"),
         ("--dataset {data} --block_size 1000000", "smaller --block_size"),
         ("--dataset {data} --n_embd 33 --n_head 2", "divisible"),
         ("--dataset {data} --n_embd 30 --n_head 2 --pe hope", "odd"),
@@ -52,7 +52,7 @@ MISTAKES = {
         ("--init_from {run} --dataset {data} --n_head 4", "n_head (2 there, 4 here)"),
         ("--init_from {tmp}/none --dataset {data}", "no checkpoint"),
         ("--init_from {learned} --dataset {data} --block_size 32", "(16, 32)"),
-        ("--init_from {run} --dataset {tmp}/none", "data.prepare"),
+        ("--init_from {run} --dataset {tmp}/none", "data/prepare.py"),
         ("--init_from {run} --dataset {other}", "another tokenizer")],
     sample: [
         ("--out_dir {tmp}/none", "no checkpoint"), ("--out_dir {run} --start=", "empty"),
@@ -60,7 +60,7 @@ MISTAKES = {
     eval_extrapolation: [
         ("", "OUT_DIR"), ("{run} --rope_scaling linear", "yarn"), ("{tmp}/none", "no checkpoint"),
         ("{run} --max_factor 10000", "lower --max_factor"), ("{run} --text {tmp}/short.txt", "longer texts"),
-        ("{run} --text {tmp}/none", "none"), ("{run} --dataset {tmp}/none", "data.prepare"),
+        ("{run} --text {tmp}/none", "none"), ("{run} --dataset {tmp}/none", "data/prepare.py"),
         ("{run} --json {tmp}/none/r.json", "folder"), ("{run} --json {tmp}", "not a file"),
         ("{run} --plot {tmp}/r.docx", ".png"), ("{run} --text=", "empty"), ("{run} --text {tmp}", "directory")],
     data.prepare: [

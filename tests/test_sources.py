@@ -5,6 +5,7 @@ Where text comes from: downloads, and the user's own files as they come.
 """
 import io
 import json
+import os
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -203,7 +204,7 @@ def test_one_file_that_cannot_be_read_does_not_end_the_preparation(tmp_path, mon
     monkeypatch.setattr(Path, "read_bytes", guarded)
     assert read_source(str(tmp_path)) == [("text",)]
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: skipped 2 files") and "picture.png is a binary file" in line
+    assert line.startswith("note: skipped 2 of 3 files that cannot be read") and "picture.png is a binary file" in line
     with pytest.raises(PermissionError):  # if there is no other, it is the error
         read_source(str(tmp_path / "secret.txt"))
 
@@ -221,16 +222,27 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 
 
 @pytest.mark.parametrize("raw, words", [
-    ("Gr\u00fc\u00dfe".encode("utf-16"), "is UTF-16.*iconv -f utf-16 "),
+    ("Gr\u00fc\u00dfe".encode("utf-16"), "is UTF-16.*`iconv -f utf-16 -t utf-8 '.*/a.txt' > NEW.txt`"),
     ("a".encode("utf-32"), "is UTF-32.*iconv -f utf-32 "),
-    (b"\0\0\xfe\xff\0\0\0a", "is UTF-32"), (b"\xfe\xff\0a", "is UTF-16"), (b"P\0NG", "binary file"),
-    ("Gr\u00fc\u00dfe".encode("utf-16-le"), "UTF-16: its byte at offset 1 is 0.*iconv -f utf-16 .*zero bytes"),
+    (b"\0\0\xfe\xff\0\0\0a", "is UTF-32"), (b"\xfe\xff\0a", "is UTF-16"), (b"P\0NG", "binary file.*at offset 1: only"),
+    ("Gr\u00fc\u00dfe".encode("utf-16-le"), "UTF-16.*at offset 1: only"),
     ("\u00e9t\u00e9 ".encode() + b"caf\xe9 ", "offset 9 is 0xe9.*Correct.*cp1252.*iconv -f ENCODING .* check"),
     (b"\xef\xbb\xbfab\xff", "offset 5 is 0xff"), (b"cut \xe6\x97", "offset 4 is 0xe6")])
 def test_what_is_not_utf8_is_named_with_the_place_and_a_remedy_that_destroys_nothing(tmp_path, raw, words):
-    (tmp_path / "a.txt").write_bytes(raw)
+    path = tmp_path / "my notes" / "a.txt"
+    path.parent.mkdir()
+    path.write_bytes(raw)
     with pytest.raises(ValueError, match=f"a.txt .*{words}"):
-        sources.read_text(tmp_path / "a.txt")
+        sources.read_text(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_source_since_it_cannot_be_read_again(tmp_path, fails):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a.txt").write_text("text " * 100)
+    code, [line] = fails(data.prepare, ["--source", str(tmp_path / "pipe"), "--out_dir", str(tmp_path / "set")])
+    assert code == 2 and "pipe is a pipe or a device: save its text in a file" in line
+    assert read_source(str(tmp_path)) == [("text " * 100,)]  # and is left out of a folder
 
 
 def test_files_with_markup_are_read_as_they_are_with_one_note(tmp_path, capsys):
@@ -238,7 +250,8 @@ def test_files_with_markup_are_read_as_they_are_with_one_note(tmp_path, capsys):
         (tmp_path / name).write_text(f"the text of {name}")
     assert len(read_source(str(tmp_path))) == 5
     [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("note: 4 files, such as ") and "a.jsonl" in line and ".txt files, one per document" in line
+    assert line.startswith("note: read 4 of 5 files with their markup, ") and "a.jsonl" in line
+    assert ".txt files, one per document" in line
     for name, n_notes in (("c.html", 1), ("e.txt", 0)):
         read_source(str(tmp_path / name))
         assert len(capsys.readouterr().out.splitlines()) == n_notes
@@ -276,7 +289,7 @@ def test_several_files_as_an_unquoted_pattern_gives_them_are_one_data_set(tmp_pa
     (tmp_path / "copy.txt").write_text((tmp_path / "3.txt").read_text())
     files = [str(path) for path in tmp_path.glob("*.txt")]  # in any order
     data.prepare.main(["--source", *files, "--out_dir", str(tmp_path / "a")])
-    assert "skipped 1 files that are exact copies" in capsys.readouterr().out
+    assert "skipped 1 of 31 files: exact copies" in capsys.readouterr().out
     data.prepare.main(["--source", f"{tmp_path}/*.txt", "--out_dir", str(tmp_path / "b")])
     metas = [open_dataset(tmp_path / name)[0] for name in "ab"]
     assert sum(metas[0]["documents"].values()) == 30

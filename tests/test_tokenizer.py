@@ -20,6 +20,7 @@ from tiktoken.load import load_tiktoken_bpe
 
 from data import sources, tokenizer
 from data.tokenizer import BPETokenizer, CharTokenizer, load_tokenizer, train_bpe
+from tests.conftest import damaged
 
 ODD_TEXT = ("emoji 👩‍👩‍👧 🇯🇵 \U0010ffff, 日本語のテキスト、ひらがな, हिन्दी, العربية, "
             + "\r\n\t\x00\x01\x1b\x1c\x7f\x85\u2028<|endoftext|>" + " " * 100 + "x" + "".join(map(chr, range(0x400))))
@@ -132,6 +133,13 @@ def test_a_tokenizer_is_restored_from_a_checkpoint_and_from_json(bpe, tmp_path):
             again = load_tokenizer(saved)
             assert again.to_dict() == made.to_dict() and again.vocab_size == made.vocab_size
             assert (again.encode(ODD_TEXT) == made.encode(ODD_TEXT)).all()
+
+
+def test_a_stored_tokenizer_that_lacks_something_or_holds_it_as_another_type_is_named_damaged(bpe):
+    for saved in (bpe.to_dict(), CharTokenizer("abc").to_dict()):
+        for _, changed in damaged(saved):
+            with pytest.raises(ValueError, match="stored tokenizer is damaged .*use another checkpoint"):
+                load_tokenizer(changed)
 
 
 def test_byte_pairs_that_lack_a_byte_are_refused(bpe):
