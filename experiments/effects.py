@@ -3,7 +3,7 @@ Effects of factors: what each choice changes in the loss, averaged over all the 
 
     python eval_extrapolation.py out/factorial/*seed-1 --attn_scaling none logn --json 1.json      the same for 2 and 3
     python -m experiments.effects 1.json 2.json 3.json --json effects.json --plot effects.png
-    python -m experiments.effects 1.json 2.json 3.json --only windows=none base=100      of these runs alone
+    python -m experiments.effects 1.json 2.json 3.json --only windows=none encoding=rope,hope      of these alone
 
 The runs are a grid: every combination of the factors' levels, once per seed. The effect of a level is its loss minus
 that of the factor's first level, paired by seed and by the levels of the other factors, and averaged over the latter.
@@ -176,12 +176,12 @@ def plot(result, path):
 
 
 def selected(runs, only):
-    """The runs that have the levels ["FACTOR=LEVEL", ...]. Raises ValueError if there are none."""
+    """The runs that have the levels ["FACTOR=LEVEL[,LEVEL...]", ...]. Raises ValueError if there are none."""
     for text in only:
-        factor, _, level = text.partition("=")
+        factor, _, wanted = text.partition("=")
         if factor not in FACTORS:
-            raise ValueError(f"--only {text}: write FACTOR=LEVEL, where the factor is one of {', '.join(FACTORS)}")
-        runs = [run for run in runs if as_text(FACTORS[factor](run, GPTConfig(**run["config"]))) == level]
+            raise ValueError(f"--only {text}: write FACTOR=LEVEL[,LEVEL...], where the factor is one of {', '.join(FACTORS)}")
+        runs = [run for run in runs if as_text(FACTORS[factor](run, GPTConfig(**run["config"]))) in wanted.split(",")]
         if not runs:
             raise ValueError(f"--only {text} leaves no run")
     return runs
@@ -190,8 +190,8 @@ def selected(runs, only):
 def main(argv=None):
     parser = flags.ArgumentParser("Effects of factors on the loss by position, averaged over all other factors.")
     parser.add_argument("scores", nargs="+", metavar="FILE", help="what eval_extrapolation.py --json wrote")
-    parser.add_argument("--only", nargs="+", default=[], metavar="FACTOR=LEVEL", help="leave out all other runs; "
-                        "such as windows=none 'head size=64'")
+    parser.add_argument("--only", nargs="+", default=[], metavar="FACTOR=LEVEL[,LEVEL...]",
+                        help="leave out all other runs; such as windows=none encoding=rope,hope 'head size=64'")
     report.add_output_flags(parser, "the effect of each factor by position")
     args = parser.parse_args(argv)
     report.check_outputs(args)
