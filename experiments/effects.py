@@ -180,7 +180,7 @@ def selected(runs, only):
     for text in only:
         factor, _, wanted = text.partition("=")
         if factor not in FACTORS:
-            raise ValueError(f"--only {text}: write FACTOR=LEVEL[,LEVEL...], where the factor is one of {', '.join(FACTORS)}")
+            raise ValueError(f"--only {text}: write FACTOR=LEVEL[,LEVEL...]; the factors are {', '.join(FACTORS)}")
         runs = [run for run in runs if as_text(FACTORS[factor](run, GPTConfig(**run["config"]))) in wanted.split(",")]
         if not runs:
             raise ValueError(f"--only {text} leaves no run")
