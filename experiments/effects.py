@@ -47,11 +47,13 @@ def levels_of(runs):
     """
     configs = [GPTConfig(**run["config"]) for run in runs]
     values = [{name: level(run, config) for name, level in FACTORS.items()} for run, config in zip(runs, configs)]
-    levels = {name: LEVELS[name](list({value[name] for value in values})) for name in FACTORS}
+    rotating = [value for value, config in zip(values, configs) if config.rotary_names()] or values
+    levels = {name: LEVELS[name](list({value[name] for value in (rotating if name == "base" else values)}))
+              for name in FACTORS}
     levels = {name: found for name, found in levels.items() if len(found) > 1}
     for a, b in itertools.combinations(list(levels), 2):
-        pairs = {value[a]: value[b] for value in values}
-        if len(set(pairs.values())) == len(pairs) == len({(value[a], value[b]) for value in values}):
+        pairs = {value[a]: value[b] for value in rotating}
+        if len(set(pairs.values())) == len(pairs) == len({(value[a], value[b]) for value in rotating}):
             joint = {f"{a}, {b}": [f"{as_text(level)}, {as_text(pairs[level])}" for level in levels[a]]}
             for value in values:
                 value |= {name: found[levels[a].index(value[a])] for name, found in joint.items()}
@@ -59,8 +61,7 @@ def levels_of(runs):
             break
     indices = []
     for value, config in zip(values, configs):
-        turns = config.pe != "nope" or value["windows"] != "none"
-        bases = [value["base"]] if turns else levels.get("base", [value["base"]])
+        bases = [value["base"]] if config.rotary_names() else levels.get("base", [value["base"]])
         indices.append([tuple(found.index({**value, "base": base}[name]) for name, found in levels.items())
                         for base in bases])
     return levels, indices

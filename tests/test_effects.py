@@ -99,6 +99,9 @@ def test_factors_that_always_change_together_are_one():
     by_seed = [statistics.fmean(value(seed, 2, 100, *cell, 0) - value(seed, 4, 1e4, *cell, 0) for cell in cells)
                for seed in SEEDS]
     assert row["mean"][0] == pytest.approx(statistics.fmean(by_seed))
+    unrotated = [make_run(seed, n_head, 500, "nope", 0, logn) for seed in SEEDS for n_head in HEADS for logn in (0, 1)]
+    assert effects.effects_of([*corners, *unrotated])["levels"] == {
+        **result["levels"], "encoding": ["rope", "hope", "nope"]}  # whatever their base
 
 
 def test_only_runs_with_some_levels_are_selected():
