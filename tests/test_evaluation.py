@@ -69,7 +69,7 @@ def test_local_context_is_at_most_l_and_at_least_half_of_it(width):
         assert min((local[:, n - 1] - c).abs().max() for c in candidates) < 1e-4
 
 
-def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte():
+def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte(monkeypatch):
     config = dict(n_layer=4, n_head=1, n_embd=10, block_size=50, vocab_size=20, pe="nope")
     forward = 100 * (3 * 20 + 16 * 10)  # numbers for each token of a chunk
     cache = 2 * 10 * 4 * 1000  # keys and values of four layers and 1,000 tokens
@@ -79,6 +79,10 @@ def test_as_many_windows_are_scored_at_a_time_as_fit_in_half_a_gigabyte():
     assert eval_extrapolation.windows_at_a_time(config, 1000, 100, CPU) == int(0.5e9 / 4 / (forward + cache))
     config["block_size"] = 10**6
     assert eval_extrapolation.windows_at_a_time(config, 1000, 100, CPU) == 1  # never none
+    config["block_size"] = 50
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (1e9, 8e9))  # free, total: half of what is free
+    assert (eval_extrapolation.windows_at_a_time(config, 1000, 100, torch.device("cuda"))
+            == eval_extrapolation.windows_at_a_time(config, 1000, 100, CPU))
 
 
 # --- numbers
