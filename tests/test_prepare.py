@@ -74,8 +74,8 @@ def test_preparing_twice_gives_identical_files(dataset, tmp_path):
 def test_a_single_novel_is_cut_near_its_end(tmp_path, capsys):
     text = "".join(chr(97 + i % 26) for i in range(1000))
     (tmp_path / "novel.txt").write_text(text)
-    data.prepare.main(["--source", str(tmp_path / "novel.txt"), "--out_dir", str(tmp_path / "new" / "set")])
-    assert documents_of(tmp_path / "new" / "set") == {"train": [text[:900]], "val": [text[900:]]}
+    data.prepare.main(["--source", str(tmp_path / "novel.txt"), "--out_dir", str(tmp_path / "new" / "folder" / "set")])
+    assert documents_of(tmp_path / "new" / "folder" / "set") == {"train": [text[:900]], "val": [text[900:]]}
     assert "the end of the longest" in capsys.readouterr().out
 
 
