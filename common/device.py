@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import distributed, nn
@@ -57,6 +58,8 @@ class Device:
         if "RANK" not in os.environ:
             yield
             return
+        # Imported later, its default arguments would keep the group alive, and its threads could abort at exit.
+        import_module("torch.distributed.nn")
         distributed.init_process_group("nccl" if self.type == "cuda" else "gloo")
         try:
             self.rank, self.n_processes = distributed.get_rank(), distributed.get_world_size()

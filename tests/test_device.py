@@ -483,6 +483,28 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path, two_processes, o
             assert (value - two["model"][name]).norm() < 0.1 * (value - start[name]).norm(), name
 
 
+def test_a_group_of_processes_ends_with_its_run(dataset, tmp_path):
+    """Else its threads live until the interpreter ends, and sometimes abort the process then. A fresh process, because
+    what it has imported, and when, decides."""
+    program = """if True:
+        import sys, weakref
+        import train
+        from torch import distributed
+        destroy = distributed.destroy_process_group
+
+        def watched():
+            group = weakref.ref(distributed.group.WORLD)
+            destroy()
+            print("the group", "ended" if group() is None else "is still there")
+
+        distributed.destroy_process_group = watched
+        train.main(sys.argv[1:])"""
+    as_rank_0 = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    command = [sys.executable, "-c", program, *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **as_rank_0}, cwd=PROJECT)
+    assert "the group ended" in ended.stdout, ended.stdout + ended.stderr
+
+
 def test_torchrun_starts_such_processes(dataset, tmp_path, two_processes):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                PROJECT / "train.py", *TINY_FLAGS, "--dataset", dataset, "--out_dir", tmp_path / "run", *STEPS]
