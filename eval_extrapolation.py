@@ -12,13 +12,16 @@ trained context: a mean over the whole window would hide a collapse among the to
 The same tokens are also predicted from at most L tokens of context (windows of L that advance by L / 2, hence from at
 least L / 2). If the full context does better than this, the far tokens help; if it does worse, they harm.
 """
+from common import flags, report  # first: see common/__init__.py
+
+# isort: split
+
 import math
 import statistics
 from dataclasses import replace
 
 import torch
 
-from common import flags, report
 from common.checkpoint import load_checkpoint, load_model, scaling_factor
 from common.device import Device, DeviceConfig, check_computation
 from data.loader import add_text_flags, document_windows, text_to_score

@@ -3,13 +3,16 @@ Generate text with a trained model, printed token by token:
 
     python sample.py --out_dir out/hope --start "def " --max_new_tokens 200
 """
+from common import flags  # first: see common/__init__.py
+
+# isort: split
+
 import codecs
 import sys
 from pathlib import Path
 
 import torch
 
-from common import flags
 from common.checkpoint import load_checkpoint, load_model, scaling_factor
 from common.device import Device, DeviceConfig
 from data import nanogpt

@@ -10,6 +10,10 @@ Runs with the same --seed see the same batches and start from the same shared we
 leaves in OUT_DIR: ckpt.pt (the latest state, all that --resume needs), best.pt (the weights with the lowest validation
 loss) and log.jsonl (a line per evaluation and per --log_interval). To read the code, start with train() and Run.step().
 """
+from common import flags  # first: see common/__init__.py
+
+# isort: split
+
 import math
 import os
 import sys
@@ -21,7 +25,6 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from common import flags
 from common.checkpoint import (
     append_log,
     copy_matching_weights,

@@ -1,0 +1,1 @@
+import common  # noqa: F401 (first: see common/__init__.py)

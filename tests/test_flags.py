@@ -5,9 +5,12 @@ Flags from fields and files, nanoGPT's commands, flags without effect, failures 
 """
 import errno
 import io
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +23,7 @@ import sample
 import train
 from common import flags
 from model import GPT, PE, GPTConfig
-from tests.conftest import run, unwritable
+from tests.conftest import PROJECT, run, unwritable
 
 
 def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
@@ -234,3 +237,12 @@ def test_a_console_without_all_characters_gets_a_substitute(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252", write_through=True))
     flags.run(lambda: print("4.80 ± 0.23 \u4e2d"))
     assert raw.getvalue().decode("cp1252").split() == ["4.80", "±", "0.23", "?"]
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "eval_extrapolation.py", "data/prepare.py",
+                                    "-m data.prepare", "-m experiments.sweep"])
+def test_ctrl_c_while_torch_is_imported_prints_no_traceback(tmp_path, script):
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    ended = subprocess.run([sys.executable, *script.split()], cwd=PROJECT, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
