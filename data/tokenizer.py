@@ -68,7 +68,7 @@ class CharTokenizer:
         return ids
 
     def decode(self, ids):
-        return "".join(map(self._texts.__getitem__, ids))
+        return "".join([self._texts[i] for i in ids if i < self.vocab_size])  # larger ids: padding
 
     def decode_bytes(self, ids):
         return self.decode(ids).encode()

@@ -192,10 +192,16 @@ def written(monkeypatch):
 
 @pytest.fixture
 def at_batch(monkeypatch):
-    """at_batch(index, act): act() is called when the training draws that batch, in the middle of a step."""
+    """at_batch(index, act): act() is called when the training draws that batch first, in the middle of a step."""
     def at(index, act):
-        draw = train.training_batch
-        monkeypatch.setattr(train, "training_batch", lambda *args: (args[4] == index and act(), draw(*args))[1])
+        draw, acts = train.training_batch, [act]
+
+        def watched(*args):
+            if args[4] == index and acts:
+                acts.pop()()
+            return draw(*args)
+
+        monkeypatch.setattr(train, "training_batch", watched)
     return at
 
 

@@ -116,6 +116,12 @@ def test_any_text_is_decoded_unchanged_from_byte_pairs_and_from_the_characters_o
         assert made.encode(ODD_TEXT).max() < made.vocab_size == made.end_of_document + 1
 
 
+def test_ids_that_only_pad_a_vocabulary_decode_to_nothing(bpe):
+    for made in (CharTokenizer("ab"), bpe):
+        ids = [*made.encode("ab").tolist(), made.vocab_size, 2**16]
+        assert (made.decode(ids), made.decode_bytes(ids)) == ("ab", b"ab")
+
+
 def test_half_a_surrogate_pair_is_encoded_as_an_unknown_character(bpe):
     for made in (bpe, CharTokenizer("ab")):
         assert made.decode(made.encode("a\ud83db")) == "a\ufffdb"

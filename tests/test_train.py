@@ -483,16 +483,14 @@ class Killed(BaseException):
 def test_killed_anywhere_and_resumed_the_log_has_each_line_once(dataset, tmp_path, at_batch, killed_at, interval):
     """Lines every 3 or 5 steps, checkpoints every 4, evaluations every 10."""
     settings = ["--max_iters", "13", "--log_interval", interval, "--save_interval", "4", "--eval_interval", "10"]
-    whole, alive = run(dataset, tmp_path / "whole", *settings), []
+    whole = run(dataset, tmp_path / "whole", *settings)
 
     def kill():
-        if not alive:
-            raise Killed
+        raise Killed
 
     at_batch(killed_at, kill)
     with pytest.raises(Killed):
         run(dataset, tmp_path / "killed", *settings)
-    alive.append("again")
     assert_same_weights(whole, resumed(tmp_path / "killed"))
     assert log_without_seconds(tmp_path / "killed") == log_without_seconds(tmp_path / "whole")
 
@@ -565,11 +563,9 @@ def test_resume_may_evaluate_more_often_and_says_when_the_schedule_is_over(finis
 @pytest.mark.parametrize("given", [("--max_iters", "8"), ("--eval_interval", "4"), ("--log_interval", "8")])
 def test_a_run_that_was_stopped_between_evaluations_may_evaluate_as_soon_as_it_is_resumed(
         dataset, tmp_path, at_batch, given):
-    alive = []
-    at_batch(7, lambda: alive or os.kill(os.getpid(), signal.SIGTERM))
+    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run(dataset, tmp_path, "--max_iters", "10")
-    alive.append("again")
     last = resumed(tmp_path, *given)["iter"]
     assert last == (8 if "--max_iters" in given else 10)
     assert {line["iter"]: line for line in log(tmp_path)}[last]["train_loss"] > 0
@@ -584,11 +580,9 @@ def test_a_scaling_by_1_is_noted(dataset, tmp_path, capsys, factor, noted):
 @pytest.mark.parametrize("steps, noted", [(["--max_iters", "12"], True), ([], False)])
 def test_a_run_that_is_stopped_before_its_schedule_ends_and_goes_further_is_told_where_it_ends(
         dataset, tmp_path, capsys, at_batch, steps, noted):
-    alive = []
-    at_batch(7, lambda: alive or os.kill(os.getpid(), 15))
+    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run(dataset, tmp_path, "--max_iters", "10")
-    alive.append("again")
     capsys.readouterr()
     resumed(tmp_path, *steps)
     assert ("the schedule ends at step 10, so from there on" in capsys.readouterr().out) == noted
@@ -641,11 +635,9 @@ def test_weights_are_judged_before_they_are_saved_between_evaluations_too(datase
 def test_the_command_that_continues_a_stopped_run_can_be_pasted_from_where_it_was_printed(dataset, tmp_path, capsys,
                                                                                           at_batch, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    alive = []
-    at_batch(3, lambda: alive or os.kill(os.getpid(), 15))
+    at_batch(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run(dataset, "a folder's name", "--max_iters", "6")
-    alive.append("again")
     [command] = re.findall("continue with: (.*)", capsys.readouterr().out)
     python, script, *arguments = shlex.split(command)
     assert Path(script).samefile(train.__file__) and shutil.which(python)
