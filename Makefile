@@ -2,7 +2,6 @@
 # make test      the tests
 # make soak      the tests that take minutes
 # make lint      the linter
-# make look      screenshots of both pages, in an installed Chromium
 # make mutants   put 100 faults into the code, one at a time: which share do the tests notice? (SAMPLE=100 SEED=1)
 # make look      open the pages in a browser: screenshots, and errors of their scripts
 # All of them work in their own virtual environment, which the first call makes.

@@ -11,8 +11,8 @@ place is a method of one class:
     rotary(pos)           rotates queries and keys            rope, prope, hope
     bias(q_pos, k_pos)    is added to the attention logits    alibi, t5, kerple, fire
 
-An encoding that overrides none of them is NoPE. The network calls all three and never asks for
-the name of the encoding.
+An encoding that overrides none of them is NoPE. GPT.__init__ looks the encoding up by its name.
+From then on the network calls all three methods, whatever the encoding is.
 
 Shapes: B sequences, T tokens (Tq queries, Tk keys), C = n_embd channels, H = n_head heads,
 D = C / H channels per head, K rotated pairs of channels, V = vocab_size, L = block_size.
@@ -75,9 +75,11 @@ def frequencies(head_dim, base=10000.0):
 class RoPE(PositionalEncoding):
     """Rotary encoding (RoFormer, arXiv 2104.09864, eq. 16): rotates pair j by position * theta_j.
 
-    logit(m, n) = sum_j q_j . R((n - m) theta_j) k_j depends on the distance n - m alone. No
-    parameters. A pair that needs more than L tokens for a turn meets, beyond L, angles that never
-    occurred in training. That is one reason why RoPE can fail there; HoPE tests it."""
+    A query at position m and a key at n have the logit sum_j q_j . R((n - m) theta_j) k_j, before
+    the division by sqrt(D): positions enter through the distance m - n alone. No parameters.
+
+    A pair that needs more than L tokens for a turn meets, beyond L, angles that never occurred in
+    training. That is one reason why RoPE can fail there; HoPE tests it."""
 
     def __init__(self, config):
         super().__init__(config)
@@ -114,6 +116,9 @@ class PRoPE(RoPE):
 class HoPE(RoPE):
     """HoPE (High-frequency rotary position encoding, arXiv 2410.21216, sec. 4): rotates the pairs
     that complete a turn within the trained context, theta_j >= 2 pi / L.
+
+    With hope_cutoff (1 in the paper): theta_j >= 2 pi hope_cutoff / L. L is block_size, or
+    rope_context if that is set. The other pairs are not rotated. No parameters.
 
     The distances of the training cover the circle of such a pair in steps of theta_j: no angle
     beyond L is far from one that has occurred."""
@@ -301,8 +306,9 @@ class GPT(nn.Module):
         ignored. The loss is the mean, or with reduction="none" that of each token, float32 (B, T).
         Without targets: logits of the last position (B, 1, V), and None.
         With a KVCache, idx continues the tokens in the cache; a backward raises RuntimeError.
-        Raises ValueError if there are no tokens, or more than the encoding or the cache has room
-        for, if targets have another shape, or if all are -1 (a GPU gives nan: it would wait)."""
+        Raises ValueError if there are no tokens, more than the encoding or the cache has room for,
+        a cache of another model, targets of another shape or, with a mean, only targets of -1 (on a
+        GPU, where this check would cost a wait, and if compiled, that mean is nan)."""
         past = 0 if cache is None else cache.length
         self.check_input(idx, targets, past, cache, reduction)
         pos = torch.arange(past + idx.size(1), device=idx.device)
@@ -368,13 +374,14 @@ class GPT(nn.Module):
         return torch.where(visible, bias, -math.inf).to(dtype)[None]  # (1, H, Tq, Tk)
 
     def query_scale(self, config, pos, window, rotated):
-        """Positions (T,) of queries that see so many tokens at most (0: all) -> the query_scale of
-        LayerPositions, or None.
+        """Queries at pos (T,), each of which sees at most `window` tokens (0: all) -> query_scale
+        of LayerPositions, float32 (T, 1), or None.
 
         yarn: (0.1 ln factor + 1)^2 (arXiv 2309.00071, eqs. 21 and 22). The authors multiply cos and
         sin, and so q and k, by its square root; here q gets it all, pairs not rotated included.
-        logn: max(1, ln n / ln L) for a query that sees n tokens keeps attention as sharp when there
-        are more keys (J. Su; learned in arXiv 2501.19399). A bias is not multiplied."""
+        logn: max(1, ln n / ln L) for a query that sees n tokens. It offsets that attention
+        spreads as the number of keys grows (J. Su; learned in arXiv 2501.19399). A bias is not
+        multiplied."""
         scale = None
         if config.rope_scaling == "yarn" and rotated:
             scale = torch.full((len(pos), 1), (0.1 * math.log(config.rope_factor) + 1) ** 2,
@@ -392,7 +399,8 @@ class GPT(nn.Module):
 
         temperature=0 (below 1e-6) and top_k=1 are greedy. Without dropout, also while training.
         Can run beyond the trained context; learned positions see the last block_size tokens only.
-        Raises ValueError if idx has no tokens, temperature is negative or top_k is below 1."""
+        Raises ValueError, when the first token is asked for, if idx has no tokens, temperature is
+        negative or top_k is below 1."""
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError("temperature must be at least 0 and top_k at least 1 or None, not "
                              f"{temperature} and {top_k}")
@@ -421,7 +429,7 @@ class GPT(nn.Module):
             yield new
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> idx and its continuation (B, T + max_new_tokens)."""
+        """idx (B, T) -> idx and its continuation (B, T + max_new_tokens). Errors as in stream."""
         return torch.cat([idx, *self.stream(idx, max_new_tokens, temperature, top_k)], dim=1)
 
 # --------------------------------------------------------------------------------------------------
@@ -531,11 +539,12 @@ class KERPLE(PositionalEncoding):
 
 
 class FIRE(PositionalEncoding):
-    """FIRE (arXiv 2310.04418, sec. 3): a small network of the distance, relative to the position.
+    """FIRE (arXiv 2310.04418, sec. 3): the output of a small network for distance / position.
 
     f(psi(distance) / psi(max(i, threshold))) with psi(x) = ln(|c| x + 1), the query's position i
     and f: 1 -> 32 -> H with a ReLU. The argument of f is in [0, 1] at any length. 33 H + 66
-    parameters, shared by the layers (the paper's FIRE-S). The threshold starts at L (there: 512).
+    parameters, shared by the layers (the paper's FIRE-S). c is learned, and so is the threshold,
+    which starts at L (there: 512).
     """
 
     def __init__(self, config):
@@ -566,8 +575,8 @@ def pi(theta, base, block_size, factor):
 
 
 def ntk(theta, base, block_size, factor):
-    """NTK-aware: the base times factor^(D / (D - 2)), which keeps the fastest pair and divides the
-    slowest by factor."""
+    """NTK-aware (arXiv 2309.00071, sec. 3.1): the base times factor^(D / (D - 2)), which keeps the
+    fastest pair and divides the slowest by factor."""
     j = torch.arange(len(theta), dtype=theta.dtype)
     return theta * factor ** (-2 * j / max(2 * len(theta) - 2, 1))
 
@@ -575,8 +584,9 @@ def ntk(theta, base, block_size, factor):
 def yarn(theta, base, block_size, factor):
     """YaRN (arXiv 2309.00071): keep pairs with over 32 turns in L, divide those with under 1 turn.
 
-    In between, a linear ramp over the pair's index. The limits head_dim - 1 and 0.001 are those of
-    the authors' code. YaRN's temperature is in GPT.query_scale."""
+    In between, a linear ramp over the pair's index, as in the authors' code (in the paper: over the
+    number of turns). The limits head_dim - 1 and 0.001 are those of
+    that code, too. YaRN's temperature is in GPT.query_scale."""
     head_dim = 2 * len(theta)
     j = torch.arange(len(theta), dtype=theta.dtype)
     first, last = (head_dim * math.log(block_size / (2 * math.pi * turns)) / (2 * math.log(base))
@@ -647,8 +657,9 @@ class GPTConfig:
                                 "contexts longer than the trained one, in layers that see more "
                                 "than L tokens", one_of=("none", *SCALINGS))
     rope_factor: float = setting(1.0, "how many times longer; 1 scales nothing", at_least=1)
-    rope_context: int | None = setting(None, "the context that rope_scaling and HoPE's cut start "
-                                       "from; default: block_size", at_least=2)
+    rope_context: int | None = setting(None, "trained context that rope_scaling and HoPE use, "
+                                       "for a network that was first trained on another one; "
+                                       "default: block_size", at_least=2)
     attn_scaling: str = setting("none", "logn: multiply the logits of the n-th query by "
                                 "ln n / ln L if it sees n > L tokens", one_of=("none", "logn"))
 

@@ -73,7 +73,7 @@ class TrainConfig(OptimizerConfig, DeviceConfig):
     save_minutes: float = setting(10.0, "minutes after which a checkpoint is saved in any case", at_least=0)
     keep_every: int | None = setting(None, "keep the weights of every N-th step, as ckpt_00000N.pt", at_least=1)
     compile: bool | None = setting(None, "torch.compile: the first step takes a minute, the others less time; default: "
-                                   "on a GPU for 1,000 steps or more at width 256 or more, if it works there")
+                                   "on cuda for 1,000 steps or more at width 256 or more, if it works there")
 
     def __post_init__(self):
         super().__post_init__()
@@ -168,7 +168,7 @@ class Run:
 
     @torch.no_grad()
     def validation_loss(self, n_batches):
-        """The loss on so many batches of validation text, the same each time."""
+        """The mean loss in nats per token on n_batches batches of validation text, the same each time."""
         losses = []
         self.model.eval()
         for x, y in validation_batches(self.ids["val"], self.config.batch_size, self.model.config.block_size,

@@ -205,8 +205,9 @@ def append_log(path, line):
 def cut_log(path, last_iter):
     """Drop the lines after a step, which a resumed run writes again, and a last line that a kill cut short.
 
-    last_iter: -1 for a new run, which puts the log of one whose checkpoints are gone aside. Raises ValueError, and
-    leaves the file as it is, if it is not this project's."""
+    last_iter: the step that the run resumes from; -1 for a new run. If a new run finds the log of an earlier one whose
+    checkpoints are gone, that log is renamed. Raises ValueError, and leaves the file as it is, if it is not this
+    project's."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     opening, rows = '{"iter": ', []  # of a line
     with suppress(ValueError, KeyError, TypeError):  # up to a line that a kill cut short

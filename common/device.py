@@ -26,8 +26,8 @@ class DeviceConfig:
 
 
 class Device:
-    """A device and a number format. With torchrun it also knows the other processes, each with a GPU of its own, which
-    divide the micro-batches of a step and share the mean gradient.
+    """A device and a number format. With torchrun it also knows the other processes, which divide the micro-batches of
+    a step and share the mean gradient. If there are GPUs, each process has one of its own.
 
     training_width: n_embd if a model is to be trained there. Raises ValueError if there is no such device."""
 
@@ -136,8 +136,8 @@ def pick_dtype(name, device, training_width=0):
 def pick_compile(choice, device, width, steps):
     """--compile, --no-compile or neither (None) -> bool. The default is on where it pays and works.
 
-    Compiling takes about a minute and saves a part of each step: 1,000 steps take minutes at width 256 or more, those
-    of narrower networks milliseconds. Raises RuntimeError if --compile is given and fails."""
+    Compiling takes about a minute and saves a part of each step. At width 256 or more, 1,000 steps take minutes, and
+    this pays; a step of a narrower network takes milliseconds. Raises RuntimeError if --compile is given and fails."""
     pays = device.type == "cuda" and width >= 256 and steps >= 1000
     if choice is False or not (choice or pays):
         return False

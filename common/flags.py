@@ -168,8 +168,8 @@ def add_scaling_flags(parser, several=False):
     changes, factor = {"nargs": "+"} if several else {}, parsed(float, at_least=1)
     changes |= {"default": None}
     add_flags(group, GPTConfig, "rope_scaling", "attn_scaling", **changes)  # None: as in training
-    add_flags(group, GPTConfig, "rope_factor", default="auto", help="how many trained contexts should look like one; "
-              "auto: as many as there are", type=lambda text: text if text == "auto" else factor(text))
+    add_flags(group, GPTConfig, "rope_factor", default="auto", help="how many times longer than the trained context "
+              "the text is; auto: computed from its length", type=lambda text: text if text == "auto" else factor(text))
 
 
 def note_idle_factor(args):

@@ -14,6 +14,8 @@ LEARNING_RATES = {"muon": 4e-2, "adamw": 5e-3}  # AdamW's, beside Muon and alone
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer's settings; each field is a flag. Learning rates are per step."""
+
     optimizer: str = setting("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest; adamw: AdamW for "
                              "all", one_of=tuple(LEARNING_RATES))
     learning_rate: float | None = setting(None, f"AdamW's, after warm-up; default: {LEARNING_RATES['muon']} beside "

@@ -3,8 +3,9 @@ Text to token ids and back. A tokenizer has
 
     encode(text) -> uint16 array        decode(ids) -> text        decode_bytes(ids) -> the same as UTF-8
     vocab_size
-    end_of_document                     the id between two documents
+    end_of_document                     the id after each document
     unknown                             the id of all characters without a token; None if every character has one
+    unknown_characters(text)            the characters of a text without a token, each once, sorted
     to_dict()                           the tokenizer as plain values, as meta.json and checkpoints keep it;
                                         load_tokenizer() turns them into the tokenizer again
 

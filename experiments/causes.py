@@ -428,7 +428,7 @@ def make_parser():
     add("--spacing", choices=tuple(SPACINGS), help="score: that HoPE was trained with")
     add("--max_factor", type=count, default=16, help="longest context, in multiples of block_size")
     add("--windows", type=int, choices=(1, 2, 4, 8, 16, 32), default=16, help="windows to average over, of the 32 that "
-        "eval_extrapolation.py scores; default: 16")
+        "eval_extrapolation.py scores")
     add("--json", metavar="FILE", help="write the results to this file")
     return parser
 

@@ -2,7 +2,7 @@
 Curves over training and over a flag, and the lines of all other experiments' pictures:
 
     python -m experiments.curves out/rope out/hope --plot losses.png
-    python -m experiments.curves out/* --x seconds --plot losses.png
+    python -m experiments.curves out/rope out/hope --x seconds --plot losses.png
     python -m experiments.curves out/cutoff/sweep.json --x hope_cutoff --plot cutoff.png
 
 Runs' folders: the losses in the log.jsonl that train.py leaves there, of a run that is still training, too. With

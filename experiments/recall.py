@@ -373,7 +373,9 @@ def make_parser():
                        "of copy and binding")
     flags.add_flags(group, TrainConfig, "max_iters")
     flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
-    flags.add_flags(group, OptimizerConfig)
+    names = [field.name for field in fields(OptimizerConfig) if field.name != "learning_rate"]
+    flags.add_flags(group, OptimizerConfig, "learning_rate", help="AdamW's, after warm-up")
+    flags.add_flags(group, OptimizerConfig, *names)
     group.add_argument("--batch_size", type=parsed(int, at_least=2), default=32,
                        help="sequences per step")
     group.add_argument("--jobs", type=count, default=1, help="models to train at once, each in a process of its own")
