@@ -15,8 +15,9 @@ was if it is given again with the same --json.
 
 With runs' folders as arguments, language models are tested instead: a passage of held-out text, other text, the
 passage again. How much better is it predicted than the same passage at the same position, read for the first time?
-A needle is such a passage with its tokens shuffled, so that apart from the tokens' frequencies only the first reading
-helps. Its first half tells which needle it is, and predictions of its second half are scored.
+There, another window's passage stands in place of the first reading. A needle is a passage with its tokens shuffled;
+in place of its first reading stands another needle. So the gain does not count what any needle tells: that shuffled
+text occurs. A needle's first half tells which one it is, and predictions of its second half are scored.
 
 Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
@@ -194,16 +195,16 @@ def copy_in_text(model, windows, passages, distance, scored_from=1):
     """A passage, text, and the passage again, starting `distance` tokens after its first start.
 
     windows (N, at least distance + P): text, which passages (N, P) replace at both places -> accuracy, and loss in nats
-    per token: of the passage's "first" reading, of its "second", and "unseen", at the same position after other text
-    instead of the first reading; "gain", the loss saved by the first reading. Tokens of the passage before scored_from
-    are not counted; nothing announces the first one. None beyond an encoding's limit."""
+    per token: of the passage's "first" reading, of its "second", and "unseen", at the same position if the passage of
+    another row replaces the first reading; "gain", the loss saved by the first reading. Tokens of the passage before
+    scored_from are not counted; nothing announces the first one. N is 2 or more. None beyond an encoding's limit."""
     limit, passage = model.transformer.wpe.max_length, passages.size(1)
     if limit is not None and distance + passage > limit:
         return None
     text = windows[:, :distance + passage].clone()  # (N, T)
     text[:, :passage] = text[:, distance:] = passages
     other = text.clone()
-    other[:, :passage] = windows.roll(1, dims=0)[:, :passage]
+    other[:, :passage] = passages.roll(1, dims=0)  # of the same kind
     found = {}
     for row, rows in enumerate(zip(text, other)):
         logits, _ = model(torch.stack(rows)[:, :-1], torch.stack(rows)[:, 1:])  # (2, T - 1, V)

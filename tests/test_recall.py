@@ -322,9 +322,24 @@ def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
     assert recall.copy_in_text(model, windows, needles, 24, scored_from=4)["second_accuracy"] == 1
     for row, (text, other) in enumerate(seen):
         assert torch.equal(text[:8], needles[row]) and torch.equal(text[24:], needles[row, :7])
-        assert torch.equal(other[:8], windows[row - 1, :8]) and torch.equal(other[8:], text[8:])
+        assert torch.equal(other[:8], needles[row - 1]) and torch.equal(other[8:], text[8:])
         assert torch.equal(text[8:24], windows[row, 8:24])
     assert recall.copy_in_text(model, windows, needles, 24, scored_from=3)["second_accuracy"] == pytest.approx(0.8)
+
+
+def test_that_shuffled_text_has_occurred_is_no_gain():
+    """Text counts up, needles do not. A model that is right once it has read a needle, no matter which, gains nothing."""
+    windows = (torch.randint(30, (4, 1)) + torch.arange(40)) % 30
+    needles = recall.pick(windows[:, :8], torch.rand(4, 8).argsort(1))
+
+    def right_after_shuffled_text(tokens, targets):
+        shuffled = ((tokens[:, 1:8] - tokens[:, :7]) % 30 != 1).any(1, keepdim=True)
+        return torch.where(shuffled, targets, torch.full_like(targets, 31))
+
+    found = recall.copy_in_text(Answers(right_after_shuffled_text), windows, needles, 24, scored_from=4)
+    assert found["second_accuracy"] == found["unseen_accuracy"] == 1 and found["gain"] == 0
+    found = recall.copy_in_text(Answers(right_after_shuffled_text), windows, windows[:, :8], 24)
+    assert found["second_accuracy"] == found["unseen_accuracy"] == 0  # in text, nothing is shuffled
 
 
 def test_in_context_copying_by_checkpoints_writes_json_and_picture(finished_run, tmp_path, capsys):
