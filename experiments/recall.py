@@ -169,6 +169,7 @@ def train_and_test_all(args, device):
     least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
     if args.block_size < least:
         raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {least} or more")
+    args.attn_scaling = args.attn_scaling or "none"
     common = {name: getattr(args, name) for name in (*NETWORK, "attn_scaling")}
     networks = [GPTConfig(vocab_size=VOCAB_SIZE, **{**common, **fields_of(pe)}) for pe in args.pe]
     settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
@@ -243,10 +244,11 @@ def passages_to_repeat(args, checkpoints, names, device):
 def test_language_models(args, device):
     """-> the result, as the JSON holds it."""
     checkpoints, names, runs = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs), []
+    scaling = {"attn_scaling": args.attn_scaling} if args.attn_scaling else {}  # else as the checkpoint has it
     windows, passages, needles, distances, text_sha256 = passages_to_repeat(args, checkpoints, names,
                                                                             device.torch_device)
     for name, checkpoint in zip(names, checkpoints):
-        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
+        model = load_model(checkpoint, **scaling).to(device.torch_device)
         check_computation(model, device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance) for distance in distances],
@@ -364,7 +366,7 @@ def make_parser():
     parser.add_argument("runs", nargs="*", metavar="OUT_DIR", help="runs' folders or checkpoints of language models")
     parser.add_argument("--max_factor", type=parsed(int, at_least=2), default=16,
                         help="longest context in multiples of block_size")
-    flags.add_flags(parser, GPTConfig, "attn_scaling")
+    flags.add_flags(parser, GPTConfig, "attn_scaling", default=None)  # None: none or, with OUT_DIR, the checkpoint's
 
     group = parser.add_argument_group("tasks (without OUT_DIR)")
     group.add_argument("--pe", nargs="+", default=list(PE), metavar="PE", help="networks to train: encodings, "

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from common.checkpoint import load_checkpoint
 from common.device import Device
 from experiments import groups, recall, tasks
 from model import GPTConfig, NoPE
@@ -369,6 +370,18 @@ def test_needles_are_shuffled_passages_scored_from_their_middle(finished_run, mo
         assert torch.equal(passage, windows[:, :4]) and not torch.equal(needle, passage)
         assert torch.equal(needle.sort().values, passage.sort().values)
         assert torch.equal(needle, needles[0][1])  # the same at every distance
+
+
+def test_a_checkpoint_keeps_its_attn_scaling_unless_the_flag_is_given(finished_run, tmp_path, monkeypatch):
+    checkpoint = load_checkpoint(finished_run)
+    torch.save({**checkpoint, "config": {**checkpoint["config"], "attn_scaling": "logn"}}, tmp_path / "logn.pt")
+    used = []
+    monkeypatch.setattr(recall, "copy_in_text", lambda model, *rest: used.append(model.config.attn_scaling))
+    for given in ([], ["--attn_scaling", "none"], ["--attn_scaling", "logn"]):
+        arguments = [finished_run, str(tmp_path / "logn.pt"), "--max_factor", "2", "--windows", "2", "--device", "cpu"]
+        args = recall.make_parser().parse_args([*arguments, *given])
+        recall.test_language_models(args, Device(args))
+    assert used == [how for how in ("none", "logn", "none", "none", "logn", "logn") for _ in range(8)]
 
 
 def test_in_context_copying_is_averaged_over_seeds_and_over_nothing_else():
