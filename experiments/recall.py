@@ -23,8 +23,12 @@ Shapes: B sequences, T tokens, N windows, V size of the vocabulary.
 """
 import json
 import multiprocessing
+import os
+import signal
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, fields
 from itertools import starmap
 from pathlib import Path
@@ -155,13 +159,26 @@ def train_and_test(config, seed, args, device):
             "seconds": time.time() - started, "cpu_seconds": time.process_time() - cpu, "tasks": tasks}
 
 
+def end_with_parent():
+    """A process of side_by_side ends at Ctrl-C, without a word, and when its parent has ended, however that happened."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
 def side_by_side(function, arguments, jobs):
-    """Yield function(*a) for each a of a list, in order; jobs > 1: so many at a time, in processes of their own."""
+    """Yield function(*a) for each a of a list, in order; jobs > 1: so many at a time, in processes of their own, which
+    end if the caller stops."""
     if jobs == 1 or not arguments:
         yield from starmap(function, arguments)
         return
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, *zip(*arguments))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        try:
+            yield from pool.map(function, *zip(*arguments))
+        except BaseException:  # KeyboardInterrupt and GeneratorExit, too
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def train_and_test_all(args, device):
@@ -180,11 +197,12 @@ def train_and_test_all(args, device):
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} models are in {kept}")
     work = [(*jobs[key], args, device) for key in missing]
-    for key, run in zip(missing, side_by_side(train_and_test, work, args.jobs)):
-        done[key] = run
-        if kept:
-            with replacing(kept) as file:
-                file.write(json.dumps(done).encode())
+    with closing(side_by_side(train_and_test, work, args.jobs)) as runs:
+        for key, run in zip(missing, runs):
+            done[key] = run
+            if kept:
+                with replacing(kept) as file:
+                    file.write(json.dumps(done).encode())
     return [done[key] for key in jobs]
 
 

@@ -1,5 +1,12 @@
 """Recall: the tasks, models whose answers are known beforehand, passages that are read twice."""
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
 
 import pytest
 import torch
@@ -8,7 +15,7 @@ from common.checkpoint import load_checkpoint
 from common.device import Device
 from experiments import groups, recall, tasks
 from model import GPTConfig, NoPE
-from tests.conftest import tiny
+from tests.conftest import PROJECT, tiny
 
 # --- tasks
 
@@ -271,6 +278,36 @@ def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypat
         changed = run(*flag)
         assert (changed["loss"] == plain) == (flag[0] in idle), flag
         assert (changed["config"]["attn_scaling"] == "logn") == (flag[0] == "--attn_scaling")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals")
+@pytest.mark.parametrize("send, stop_signal", [(os.kill, signal.SIGTERM), (os.kill, signal.SIGINT),
+                                               (os.killpg, signal.SIGINT)])
+def test_processes_end_with_their_parent_and_at_ctrl_c(send, stop_signal, tmp_path):
+    wait = "import os, time; open(str(os.getpid()), 'w'); time.sleep(600)"
+    program = ("from common import flags; from experiments.recall import side_by_side; "
+               f"flags.run(lambda: list(side_by_side(exec, [({wait!r},)] * 4, jobs=2)))")
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+                              env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
+    try:
+        while len(list(tmp_path.iterdir())) < 2:
+            assert parent.poll() is None
+            time.sleep(0.05)
+        send(parent.pid, stop_signal)
+        _, errors = parent.communicate(timeout=30)  # until all have ended, since all have this stderr
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert parent.returncode == (130 if stop_signal == signal.SIGINT else -signal.SIGTERM)
+    assert len(list(tmp_path.iterdir())) == 2 and "Traceback" not in errors
+
+
+def test_processes_end_if_their_results_cannot_be_kept(tmp_path):
+    late = f"import time; time.sleep(10); open({str(tmp_path / 'late')!r}, 'w')"
+    with pytest.raises(OSError, match="full"), closing(recall.side_by_side(exec, [("",), (late,), (late,)], 2)) as found:
+        next(found)
+        raise OSError("full disk")
+    assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
 
 
 # --- language models
