@@ -27,10 +27,9 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, fields
-from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -160,25 +159,32 @@ def train_and_test(config, seed, args, device):
 
 
 def end_with_parent():
-    """A process of side_by_side ends at Ctrl-C, without a word, and when its parent has ended, however that happened."""
+    """A process of side_by_side ends at Ctrl-C, without a word, and when its parent has ended in whatever way."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def side_by_side(function, arguments, jobs):
-    """Yield function(*a) for each a of a list, in order; jobs > 1: so many at a time, in processes of their own, which
-    end if the caller stops."""
-    if jobs == 1 or not arguments:
-        yield from starmap(function, arguments)
+def side_by_side(function, work, jobs):
+    """Yield (key, function(*arguments)) for each item of a dict {key: arguments}.
+
+    jobs > 1: so many at a time, in processes of their own, each as soon as it is done. If one fails, its exception is
+    raised after the others are done. The processes end if the caller stops."""
+    if jobs == 1 or not work:
+        yield from ((key, function(*arguments)) for key, arguments in work.items())
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent) as pool:
+        futures = {pool.submit(function, *arguments): key for key, arguments in work.items()}
         try:
-            yield from pool.map(function, *zip(*arguments))
+            for future in as_completed(futures):
+                if not future.exception():
+                    yield futures[future], future.result()
         except BaseException:  # KeyboardInterrupt and GeneratorExit, too
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
+    for future in futures:
+        future.result()  # raises what failed first in the order of the work
 
 
 def train_and_test_all(args, device):
@@ -196,9 +202,9 @@ def train_and_test_all(args, device):
     missing = [key for key in jobs if key not in done]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} models are in {kept}")
-    work = [(*jobs[key], args, device) for key in missing]
+    work = {key: (*jobs[key], args, device) for key in missing}
     with closing(side_by_side(train_and_test, work, args.jobs)) as runs:
-        for key, run in zip(missing, runs):
+        for key, run in runs:
             done[key] = run
             if kept:
                 with replacing(kept) as file:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, suppress
 
 import pytest
@@ -15,7 +16,7 @@ from common.checkpoint import load_checkpoint
 from common.device import Device
 from experiments import groups, recall, tasks
 from model import GPTConfig, NoPE
-from tests.conftest import PROJECT, tiny
+from tests.conftest import PROJECT, full_disk, tiny
 
 # --- tasks
 
@@ -286,7 +287,7 @@ def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypat
 def test_processes_end_with_their_parent_and_at_ctrl_c(send, stop_signal, tmp_path):
     wait = "import os, time; open(str(os.getpid()), 'w'); time.sleep(600)"
     program = ("from common import flags; from experiments.recall import side_by_side; "
-               f"flags.run(lambda: list(side_by_side(exec, [({wait!r},)] * 4, jobs=2)))")
+               f"flags.run(lambda: list(side_by_side(exec, dict.fromkeys(range(4), ({wait!r},)), jobs=2)))")
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                               env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
     try:
@@ -304,10 +305,46 @@ def test_processes_end_with_their_parent_and_at_ctrl_c(send, stop_signal, tmp_pa
 
 def test_processes_end_if_their_results_cannot_be_kept(tmp_path):
     late = f"import time; time.sleep(10); open({str(tmp_path / 'late')!r}, 'w')"
-    with pytest.raises(OSError, match="full"), closing(recall.side_by_side(exec, [("",), (late,), (late,)], 2)) as found:
-        next(found)
+    work = {"done": ("",), "late": (late,), "later": (late,)}
+    with pytest.raises(OSError, match="full"), closing(recall.side_by_side(exec, work, 2)) as found:
+        assert next(found) == ("done", None)
         raise OSError("full disk")
     assert not list(tmp_path.iterdir()) and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("end, error", [("1 / 0", ZeroDivisionError), ("os._exit(1)", BrokenProcessPool)])
+def test_what_is_done_is_kept_if_an_earlier_one_fails_or_is_killed(end, error, tmp_path):
+    wait = ("import os, time\nlatest = time.time() + 20\n"
+            f"while not os.path.exists({str(tmp_path / 'done')!r}) and time.time() < latest: time.sleep(0.01)\n")
+    work, found = {"fails": (wait + end,), "done": ("",)}, []
+    with pytest.raises(error), closing(recall.side_by_side(exec, work, 2)) as results:
+        for key, _ in results:
+            found.append(key)
+            (tmp_path / "done").touch()
+    assert found == ["done"]
+
+
+def test_models_are_kept_as_they_are_done_and_reported_in_the_order_of_the_command(tmp_path, monkeypatch):
+    ended, kept = [], tmp_path / "r.json.partial"
+
+    def backwards(function, work, jobs):
+        assert not kept.exists()
+        try:
+            for i, key in enumerate(reversed(work), 1):
+                yield key, {"seed": work[key][1]}
+                assert len(json.loads(kept.read_text())) == i
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(recall, "side_by_side", backwards)
+    args = recall.make_parser().parse_args([*RECALL, "--pe", "hope", "--seed", "3", "1", "2", "--json",
+                                            str(tmp_path / "r.json")])
+    assert [run["seed"] for run in recall.train_and_test_all(args, torch.device("cpu"))] == [3, 1, 2]
+    kept.unlink()
+    monkeypatch.setattr(recall, "replacing", full_disk)
+    with pytest.raises(OSError):
+        recall.train_and_test_all(args, torch.device("cpu"))
+    assert len(ended) == 2  # not left to wait for what still runs
 
 
 # --- language models
@@ -366,7 +403,7 @@ def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
 
 
 def test_that_shuffled_text_has_occurred_is_no_gain():
-    """Text counts up, needles do not. A model that is right once it has read a needle, no matter which, gains nothing."""
+    """Text counts up, needles do not. A model that is right once it has read a needle, any needle, gains nothing."""
     windows = (torch.randint(30, (4, 1)) + torch.arange(40)) % 30
     needles = recall.pick(windows[:, :8], torch.rand(4, 8).argsort(1))
 
