@@ -28,7 +28,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -187,6 +187,15 @@ def side_by_side(function, work, jobs):
         future.result()  # raises what failed first in the order of the work
 
 
+def finished(path):
+    """The file of a command that was interrupted -> its runs by key. Raises ValueError if it is damaged."""
+    with suppress(ValueError):  # no JSON, or no UTF-8
+        done = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(done, dict):
+            return done
+    raise ValueError(f"{path}, finished models of an interrupted command, is damaged: delete it to train them again")
+
+
 def train_and_test_all(args, device):
     """-> the run of each network and seed. Finished ones are kept in a file beside --json until all are done."""
     least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
@@ -198,7 +207,7 @@ def train_and_test_all(args, device):
     settings = {name: value for name, value in vars(args).items() if name not in (*NETWORK, "pe", "seed", *NO_SETTING)}
     jobs = {json.dumps([asdict(config), seed, settings]): (config, seed) for config in networks for seed in args.seed}
     kept = Path(f"{args.json}.partial") if args.json else None
-    done = json.loads(kept.read_text(encoding="utf-8")) if kept and kept.exists() else {}
+    done = finished(kept) if kept and kept.exists() else {}
     missing = [key for key in jobs if key not in done]
     if len(missing) < len(jobs):
         print(f"{len(jobs) - len(missing)} of {len(jobs)} models are in {kept}")

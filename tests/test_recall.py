@@ -347,6 +347,15 @@ def test_models_are_kept_as_they_are_done_and_reported_in_the_order_of_the_comma
     assert len(ended) == 2  # not left to wait for what still runs
 
 
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"[]", b"\xff"])
+def test_a_damaged_file_of_finished_models_is_named(content, tmp_path, fails):
+    kept = tmp_path / "r.json.partial"
+    kept.write_bytes(content)
+    code, lines = fails(recall, [*RECALL, "--json", str(tmp_path / "r.json")])
+    assert code == 2 and len(lines) == 1 and str(kept) in lines[0] and "delete it" in lines[0], lines
+    assert kept.read_bytes() == content
+
+
 # --- language models
 
 
