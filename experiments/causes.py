@@ -22,7 +22,7 @@ more tokens away. `score` gives the highest peak of the mean logit beyond L; `no
 loss over the models of a study.
 `train` trains HoPE with as many pairs between the same slowest and fastest, in another spacing: "equal" steps of
 frequency, whose waves all meet again and again; "late", of 1,000 random draws the one whose waves meet least.
-Checkpoints do not hold the spacing: give it again to score them.
+train.py and other experiments refuse such a checkpoint; give the spacing again to score it.
 
 `heads` lists the heads of full layers by how much they look at the previous token, within L, and says which pairs
 point there (arXiv 2410.06205: the fastest ones).
@@ -46,6 +46,7 @@ from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from data.loader import document_windows, text_to_score
 from eval_extrapolation import bucket_edges, bucket_mean
+from experiments.attention import heads, layer_heads, pairs, placed
 from experiments.groups import members_by_group, over_seeds, run_settings, seeds_of
 from experiments.sweep import read_runs
 from model import PE, ROTARY, HoPE, rotate
@@ -98,22 +99,17 @@ def sampled_keys(distance, L, generator):
     return near | (draw >= last_drawn)
 
 
-def heads(attn, x):
-    """x (B, T, C) -> the layer's queries, keys and values (B, H, T, D), before rotation."""
-    return [t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, dim=-1)]
-
-
 def attention(model, attn, x, kind, change, generator, chunk):
     """The attention layer of a kind ("S", "L") on x (B, T, C) -> (B, T, C), changed if it sees everything."""
     config, pe, pos = model.configs[kind], model.encodings[kind], torch.arange(x.size(1))
     L, change = config.block_size, change if kind == "L" else Change()
     window = config.window if kind == "S" else L if change.keys == "last" else 0
     q, k, v = heads(attn, x)
-    q = q / math.sqrt(q.size(-1))
-    if change.logn:
-        q = q * (torch.log(pos[:, None] + 1) / math.log(L)).clamp(min=1)
-    far_q = far_k = None
-    if (rotary := pe.rotary(pos)) is not None:
+    q, rotary, far_q = q / math.sqrt(q.size(-1)), pe.rotary(pos), None
+    scaled = replace(config, attn_scaling="logn") if change.logn else config
+    if (scale := model.query_scale(scaled, pos, window, rotary is not None)) is not None:
+        q = q * scale
+    if rotary is not None:
         if change.slow != "true" or change.silent:
             for_q, for_k = far_rotations(pe.theta, pos, L, change)
             far_q, far_k = rotate(q, *for_q), rotate(k, *for_k)
@@ -133,11 +129,17 @@ def attention(model, attn, x, kind, change, generator, chunk):
     return attn.c_proj(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
 
 
+def check_encodings(model):
+    """Raises ValueError if an encoding acts on the embeddings or adds a bias to the logits."""
+    for kind in set(model.config.kinds()):
+        if (pe := model.configs[kind].pe) not in ("nope", *ROTARY):
+            raise ValueError(f"causes are measured in encodings that rotate, and in nope, not in {pe}")
+
+
 @torch.no_grad()
 def losses_of(model, windows, change, seed=0, batch_size=2, chunk=256):
     """Windows (N, T + 1) -> loss of each predicted token (N, T) under a Change. Raises ValueError for biases."""
-    if model.config.pe not in ("nope", "rope", "prope", "hope"):
-        raise ValueError(f"causes are measured in encodings that rotate, and in nope, not in {model.config.pe}")
+    check_encodings(model)
     losses = []
     for rows in windows.split(batch_size):
         generator, x = torch.Generator().manual_seed(seed), model.transformer.wte(rows[:, :-1])
@@ -150,11 +152,12 @@ def losses_of(model, windows, change, seed=0, batch_size=2, chunk=256):
 
 
 def changes_of(model):
-    """The Changes that differ for a model, by name: without slow pairs, or pairs that rotate, some are the same."""
+    """The Changes that differ for a model, by name: without slow pairs, or with log-n scaling, some are the same."""
     theta, found = getattr(model.encodings["L"], "theta", torch.empty(0)), {}
     slow = theta * model.config.block_size < 2 * math.pi
     for name, change in CHANGES.items():
-        change = replace(change, slow=change.slow if slow.any() else "true", silent=change.silent and not slow.all())
+        change = replace(change, slow=change.slow if slow.any() else "true", silent=change.silent and not slow.all(),
+                         logn=change.logn and model.config.attn_scaling == "none")
         found.setdefault(change, name)
     return {name: change for change, name in found.items()}
 
@@ -195,13 +198,17 @@ SPACINGS = {"equal": lambda theta, L: torch.linspace(theta[0], theta[-1], len(th
 
 
 def spaced(spacing):
-    """HoPE with as many pairs between the same slowest and fastest, in another spacing. Raises ValueError for two."""
+    """HoPE with as many pairs between the same slowest and fastest, in another spacing. Raises ValueError for two.
+
+    Checkpoints hold its frequencies, as a buffer, so that HoPE with its own refuses them."""
     class Spaced(HoPE):
         def __init__(self, config):
             super().__init__(config)
             if len(self.theta) < 3:
                 raise ValueError(f"HoPE rotates {len(self.theta)} pairs here, and both ends stay: give it larger heads")
-            self.theta = SPACINGS[spacing](self.theta, config.block_size)
+            theta = self.theta
+            del self.theta
+            self.register_buffer("theta", SPACINGS[spacing](theta, config.block_size))
 
     return Spaced
 
@@ -215,26 +222,21 @@ def peaks(model, windows, max_factor=16):
     [L, max_factor L) minus its mean in [0, L), divided by the standard deviation of the logits in [0, L).
     -> the mean over layers and heads; 0 if no fast pair rotates.
     """
+    check_encodings(model)
     L, found, theta = model.config.block_size, [], getattr(model.encodings["L"], "theta", torch.empty(0))
     theta = theta[theta * L >= 2 * math.pi]  # (F,)
     if len(theta) == 0:
         return 0.0
     n_pairs, K = model.config.n_embd // model.config.n_head // 2, len(theta)
     turn = torch.exp(1j * torch.arange(max_factor * L)[:, None] * theta.double())  # (distances, F)
-    x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
-    for block, kind in zip(model.transformer.h, model.config.kinds()):
-        inputs = block.ln_1(x)
+    seen = torch.ones(L, L, dtype=torch.bool).tril()
+    for kind, (q, k, _, positions) in zip(model.config.kinds(), layer_heads(model, windows[:, :L])):  # (N, H, L, D)
         if kind == "L":
-            q, k, _ = heads(block.attn, inputs)  # (N, H, L, D)
             mean_q, mean_k = (torch.complex(t[..., :K], t[..., n_pairs:n_pairs + K]).mean(dim=(0, 2)) for t in (q, k))
             mean = (mean_q * mean_k.conj() * turn[:, None]).real.sum(dim=-1)  # (distances, H)
-            rotary = model.encodings[kind].rotary(pos)
-            logits = rotate(q, *rotary) @ rotate(k, *rotary).mT  # (N, H, L, L)
-            seen = pos <= pos[:, None]
+            logits = rotate(q, *positions.rotary) @ rotate(k, *positions.rotary).mT  # (N, H, L, L)
             std = torch.stack([logits[:, head][:, seen].std() for head in range(logits.size(1))])
             found.append((mean[L:].max(dim=0).values - mean[:L].mean(dim=0)) / std)
-        x = x + attention(model, block.attn, inputs, kind, Change(), None, L)
-        x = x + block.mlp(block.ln_2(x))
     return torch.stack(found).mean().item()
 
 
@@ -255,30 +257,25 @@ def previous_token_heads(model, windows):
     """windows (N, at least L) -> for each head of a full layer its mean weight on the previous token, and the share of
     each band of pairs in the mean logit of the previous token above that of all keys. Queries are at [L / 2, L).
     """
-    L, found, pe = model.config.block_size, [], model.encodings["L"]
-    n_pairs, theta = model.config.n_embd // model.config.n_head // 2, getattr(pe, "theta", torch.empty(0))
+    check_encodings(model)
+    L, found, theta = model.config.block_size, [], getattr(model.encodings["L"], "theta", torch.empty(0))
+    n_pairs = model.config.n_embd // model.config.n_head // 2
     turn = F.pad(2 * math.pi / theta, (0, n_pairs - len(theta)), value=math.inf)  # (P,) tokens
     band = torch.where(turn < 16, 0, torch.where(turn <= L, 1, torch.where(turn.isfinite(), 2, 3)))
-    x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
-    rows, seen = pos[L // 2:], pos <= pos[L // 2:, None]
-    for layer, (block, kind) in enumerate(zip(model.transformer.h, model.config.kinds()), 1):
-        inputs = block.ln_1(x)
-        if kind == "L":
-            q, k, _ = heads(block.attn, inputs)
-            if (rotary := pe.rotary(pos)) is not None:
-                q, k = rotate(q, *rotary), rotate(k, *rotary)
-            q, k = (t.unflatten(-1, (2, -1)) for t in (q[:, :, rows] / math.sqrt(q.size(-1)), k))
+    rows = torch.arange(L // 2, L)
+    seen, at = torch.arange(L) <= rows[:, None], torch.arange(len(rows))
+    for layer, (q, k, _, positions) in enumerate(layer_heads(model, windows[:, :L]), 1):
+        if model.config.kinds()[layer - 1] == "L":
+            q, k = placed(q, k, positions)
+            q, k = pairs(q[:, :, rows] / math.sqrt(q.size(-1))), pairs(k)
             by_pair = torch.einsum("nhqcp,nhkcp->hnqkp", q, k)  # (H, N, Tq, L, P)
             weights = by_pair.sum(-1).masked_fill(~seen, -math.inf).softmax(-1)  # (H, N, Tq, L)
-            at = torch.arange(len(rows))
             mean = (by_pair * seen[..., None]).sum(3) / seen.sum(1)[:, None]  # (H, N, Tq, P) of all keys
             above = (by_pair[:, :, at, rows - 1] - mean).mean((1, 2))  # (H, P)
             for head in range(len(above)):
                 shares = torch.zeros(len(BANDS)).index_add(0, band, above[head] / above[head].sum())
                 found.append({"layer": layer, "head": head + 1, "weight": weights[head][:, at, rows - 1].mean().item(),
                               "logit": above[head].sum().item(), "shares": shares.tolist()})
-        x = x + attention(model, block.attn, inputs, kind, Change(), None, L)
-        x = x + block.mlp(block.ln_2(x))
     return found
 
 

@@ -5,15 +5,16 @@ Interventions at evaluation, against logits written out pair by pair.
 """
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import eval_extrapolation
+import train
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from experiments import causes
+from experiments.attention import heads
 from experiments.causes import CHANGES, Change
 from model import GPT, PE, GPTConfig, HoPE
 from tests.conftest import TINY_FLAGS
@@ -45,7 +46,12 @@ ARRANGEMENTS = [{"pe": "rope"}, {"pe": "hope"}, {"pe": "prope", "prope_fraction"
                 {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}]
 
 
-@pytest.mark.parametrize("fields", ARRANGEMENTS, ids=str)
+YARN, LOGN = {"rope_scaling": "yarn", "rope_factor": 4.0}, {"attn_scaling": "logn"}
+SCALED = [{"pe": "rope", **LOGN}, {"pe": "rope", **YARN}, {"pe": "hope", **YARN, **LOGN}, {"pe": "nope", **LOGN},
+          {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": L + 4, **YARN, **LOGN}]
+
+
+@pytest.mark.parametrize("fields", ARRANGEMENTS + SCALED, ids=str)
 @pytest.mark.parametrize("chunk", [7, 256])
 def test_without_a_change_losses_are_the_models_own(fields, chunk, windows):
     model = make_model(**fields)
@@ -148,12 +154,23 @@ def test_only_changes_that_make_a_difference_are_scored():
     assert list(causes.changes_of(make_model(pe="rope"))) == list(CHANGES)
     hope = {name for name, change in CHANGES.items() if change.slow == "true"} | {"all three"}
     assert set(causes.changes_of(make_model(pe="hope"))) == hope
+    assert not any("log-n" in name for name in causes.changes_of(make_model(pe="rope", attn_scaling="logn")))
     assert list(causes.changes_of(make_model(pe="nope"))) == ["nothing", "L keys sampled", "log-n", "last L keys"]
 
 
-def test_biases_are_refused(windows):
-    with pytest.raises(ValueError, match="not in alibi"):
-        causes.losses_of(make_model(pe="alibi"), windows, Change())
+@pytest.mark.parametrize("fields", [{"pe": "alibi"}, {"pe": "learned"}, {"pe": "sinusoidal"},
+                                    {"pe": "rope", "local_pe": "alibi", "window_pattern": "SL", "window": 5}], ids=str)
+def test_biases_and_encodings_of_the_embeddings_are_refused(fields, windows):
+    model = make_model(**fields)
+    for call in (lambda: causes.losses_of(model, windows, Change()), lambda: causes.peaks(model, windows),
+                 lambda: causes.previous_token_heads(model, windows)):
+        with pytest.raises(ValueError, match=f"not in {fields.get('local_pe', fields['pe'])}"):
+            call()
+
+
+def test_a_local_encoding_that_no_layer_has_is_not_refused(windows):
+    model = make_model(pe="rope", local_pe="alibi")  # without windows
+    torch.testing.assert_close(causes.losses_of(model, windows, Change()), own_losses(model, windows))
 
 
 def test_scores_are_paired_differences_and_groups_the_means_of_seeds(windows):
@@ -213,7 +230,7 @@ def test_the_peak_is_that_of_the_mean_logit_of_independent_tokens(windows):
     theta = [t for t in model.transformer.wpe.theta.tolist() if t * L >= 2 * math.pi]
     block, n = model.transformer.h[0], len(theta)
     with torch.no_grad():
-        q, k, _ = causes.heads(block.attn, block.ln_1(model.transformer.wte(windows[:, :L])))  # (3, 2, L, 16)
+        q, k, _ = heads(block.attn, block.ln_1(model.transformer.wte(windows[:, :L])))  # (3, 2, L, 16)
     values, pos = [], torch.arange(L)
     for h in range(2):
         tokens_q, tokens_k = (torch.complex(t[:, h, :, :n], t[:, h, :, 8:8 + n]).flatten(0, 1) for t in (q, k))
@@ -262,7 +279,7 @@ def test_weights_and_shares_of_a_head_are_those_written_out(fields, windows):
     with torch.no_grad():
         model(windows[:, :L])
         hook.remove()
-        q, k, _ = causes.heads(model.transformer.h[layer].attn, inputs[0])
+        q, k, _ = heads(model.transformer.h[layer].attn, inputs[0])
     q, k = (torch.complex(t[..., :8], t[..., 8:]) for t in (q / 4, k))
     angles = torch.tensor([*theta, *[0.0] * (8 - len(theta))])
     for h in range(2):
@@ -302,7 +319,7 @@ def test_a_short_text_gives_as_many_windows_as_it_can(wanted, there, used, finis
     assert torch.equal(found, windows[::max(1, there // wanted)][:used]) and scored_on["windows"] == len(found) == used
 
 
-def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, capsys):
+def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, capsys, fails):
     causes.main(["score", finished_run, "--max_factor", "4", "--windows", "4", "--json", str(tmp_path / "causes.json")])
     written = json.loads((tmp_path / "causes.json").read_text())
     assert "adds" in capsys.readouterr().out
@@ -319,7 +336,13 @@ def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, c
                      "--pe", "hope", "--n_embd", "64", "--rope_base", "10"])
     causes.main(["score", out_dir, "--spacing", "late", "--max_factor", "2", "--windows", "2"])
     with causes.in_spacing("late"):
-        assert replace(load_model(out_dir).config).pe == "hope"
+        late = load_model(out_dir).transformer.wpe.theta
+    causes.main(["train", "late", "--resume", "--out_dir", out_dir, "--max_iters", "3"])
+    assert torch.equal(load_checkpoint(out_dir)["model"]["transformer.wpe.theta"], late)
+    for script, arguments in ((eval_extrapolation, [out_dir]), (causes, ["score", out_dir]),
+                              (train, ["--resume", "--out_dir", out_dir, "--max_iters", "4"])):
+        code, lines = fails(script, arguments)  # HoPE with its own spacing would be another network
+        assert code == 2 and len(lines) == 1 and ("do not fit" in lines[0] or "not resumed" in lines[0])
 
 
 def copies(finished_run, folder, *changes):
