@@ -80,6 +80,20 @@ def check_output(path, suffixes=None):
         raise ValueError(f"{path}: pictures can be written as {', '.join(suffixes)}")
 
 
+def read_json(path, rows, keys, writer):
+    """A JSON file with a list of dicts under the name rows, each with keys whose values are not empty -> all of it.
+
+    Raises ValueError if it is another file. writer: what writes such files."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        is_whole = bool(found[rows]) and all(row[key] for row in found[rows] for key in keys)
+    except (IsADirectoryError, ValueError, LookupError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} was not written by {writer}")
+    return found
+
+
 def rounded(value, digits):
     """Floats to so many significant digits, nan to None (JSON has no nan), through lists and dicts."""
     if isinstance(value, dict):

@@ -19,7 +19,6 @@ Short-window layers count the keys in their window only; the pairs' wavelengths 
 
 Shapes: H heads, T tokens, D channels per head, P = D/2 pairs, Q queries of a group, N windows.
 """
-import json
 import math
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,7 +36,35 @@ from model import frequencies, rotate
 # --- Inside a layer ---------------------------------------------------------------------------------------------------
 
 
+def heads(attn, x):
+    """x (B, T, C) -> the layer's queries, keys and values (B, H, T, D), before rotation."""
+    return [t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, dim=-1)]
+
+
 @torch.no_grad()
+def layer_heads(model, idx):
+    """One forward of idx (B, T) -> for each layer q, k and v, before rotation, and its LayerPositions."""
+    layers = []
+
+    def keep(attn, args):
+        layers.append((*heads(attn, args[0]), args[1]))
+
+    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.transformer.h]
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return layers
+
+
+def placed(q, k, positions):
+    """q and k (B, H, T, D), rotated and scaled as in their layer."""
+    if positions.rotary is not None:
+        q, k = rotate(q, *positions.rotary), rotate(k, *positions.rotary)
+    return (q if positions.query_scale is None else q * positions.query_scale), k
+
+
 def attention_inputs(model, idx, autocast=nullcontext):
     """One forward of idx (T,) -> for each layer q, k, v (H, T, D), rotated and scaled as in the layer, and its bias.
 
@@ -45,26 +72,13 @@ def attention_inputs(model, idx, autocast=nullcontext):
     nothing. The forward runs under autocast(); what is returned is float32, since sums of many terms need it: in
     bfloat16, 256 + 1 is 256."""
     layers = []
-
-    def keep(attn, args):
-        x, positions = args[:2]
-        q, k, v = (t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, dim=-1))
-        if positions.rotary is not None:
-            q, k = rotate(q, *positions.rotary), rotate(k, *positions.rotary)
-        if positions.query_scale is not None:
-            q = q * positions.query_scale
-        mask = positions.mask
+    with autocast():
+        found = layer_heads(model, idx[None])
+    for q, k, v, positions in found:
+        q, k, mask = *placed(q, k, positions), positions.mask
         if mask is not None:  # bool (T, T) or a bias (1, H, T, T)
             mask = torch.where(mask, 0.0, -math.inf)[None] if mask.dtype == torch.bool else mask[0].float()
         layers.append((q[0].float(), k[0].float(), v[0].float(), mask))
-
-    hooks = [block.attn.register_forward_pre_hook(keep) for block in model.transformer.h]
-    try:
-        with autocast():
-            model(idx[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
     return layers
 
 
@@ -118,7 +132,8 @@ def query_groups(block_size, length):
 
 
 def pair_share(q, k, logits, visible):
-    """Cov(S_j, S) / Var(S) over the visible keys (Q, T) of a query, averaged over heads and queries -> (P,).
+    """The mean of Cov(S_j, S) over heads and queries, divided by the mean of Var(S) -> (P,). Both are over the visible
+    keys (Q, T) of a query.
 
     The shares of all pairs add up to 1, less the share of the bias. What is equal for all keys of a query does not
     change attention and is not counted. q (H, Q, D), k (H, T, D), logits S (H, Q, T)."""
@@ -370,16 +385,6 @@ def draw(runs, path):
         plot(runs, path.with_name(f"{path.stem}_{name}{path.suffix}"))
 
 
-def read_runs(path):
-    """What --json wrote -> its runs. Raises ValueError if it is something else."""
-    try:
-        runs = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
-        assert all("inside/pair_share" in run for run in runs) and runs
-    except (ValueError, KeyError, TypeError, AssertionError) as error:
-        raise ValueError(f"{path} was not written by experiments.attention --json") from error
-    return runs
-
-
 def analyze_all(args):
     """-> the result, as the JSON holds it."""
     device, names = Device(args), report.run_names(args.runs)
@@ -414,7 +419,8 @@ def main(argv=None):
         raise ValueError("name OUT_DIR..., the folders of runs, or --json_in FILE")
     if args.json_in and not args.plot:
         raise ValueError("--json_in measures nothing: name a picture with --plot")
-    result = {"runs": read_runs(args.json_in)} if args.json_in else analyze_all(args)
+    result = analyze_all(args) if args.runs else {"runs": report.read_json(
+        args.json_in, "runs", ["inside/pair_share"], "experiments.attention --json")["runs"]}
     if args.json:
         report.write_json(args.json, "-m experiments.attention", result, digits=4)
     if args.plot:

@@ -34,7 +34,7 @@ buckets to 16 L                      1.62 x faster from one pass
 hope:SSSL:16 against hope            a step 0.99 x the time, an evaluation to 64 L 0.44 x, the cache 1.07 MB, not 4.10
                                      (the demo's size: 4 layers of width 128, L = 128, batch 32)
 torch.compile on a CPU               a step 0.90 x the time, after 39 s for the first: off unless asked for
-Muon against AdamW at its best rate  0.37 x the time to the same loss (the demo's size)
+Muon against AdamW at its best rate  0.38 x the time to the same loss (the demo's size)
 """
 import argparse
 import math

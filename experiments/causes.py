@@ -22,15 +22,15 @@ more tokens away. `score` gives the highest peak of the mean logit beyond L; `no
 loss over the models of a study.
 `train` trains HoPE with as many pairs between the same slowest and fastest, in another spacing: "equal" steps of
 frequency, whose waves all meet again and again; "late", of 1,000 random draws the one whose waves meet least.
-Checkpoints do not hold the spacing: give it again to score them.
+train.py and other experiments refuse such a checkpoint; give the spacing again to score it.
 
 `heads` lists the heads of full layers by how much they look at the previous token, within L, and says which pairs
 point there (arXiv 2410.06205: the fastest ones).
 
-Runs that the file of `score --json` holds already are kept: a command that was killed continues where it was.
+Runs that the file of `score --json` holds already are kept, and not scored again if neither their flags nor their step
+have changed: a command that was killed continues where it was.
 All changes act in the full layers only. Shapes: B windows, T tokens, H heads, D channels per head, K rotated pairs.
 """
-import json
 import math
 import sys
 from contextlib import nullcontext
@@ -46,7 +46,10 @@ from common import flags, report
 from common.checkpoint import load_checkpoint, load_model
 from data.loader import document_windows, text_to_score
 from eval_extrapolation import bucket_edges, bucket_mean
-from model import PE, HoPE, rotate
+from experiments.attention import heads, layer_heads, pairs, placed
+from experiments.groups import members_by_group, over_seeds, run_settings, seeds_of
+from experiments.sweep import read_runs
+from model import PE, ROTARY, HoPE, rotate
 
 # --------------------------------------------------------------------------------------------------
 # A forward with explicit logits, in which one thing is changed
@@ -96,22 +99,17 @@ def sampled_keys(distance, L, generator):
     return near | (draw >= last_drawn)
 
 
-def heads(attn, x):
-    """x (B, T, C) -> the layer's queries, keys and values (B, H, T, D), before rotation."""
-    return [t.unflatten(-1, (attn.n_head, -1)).transpose(1, 2) for t in attn.c_attn(x).chunk(3, dim=-1)]
-
-
 def attention(model, attn, x, kind, change, generator, chunk):
     """The attention layer of a kind ("S", "L") on x (B, T, C) -> (B, T, C), changed if it sees everything."""
     config, pe, pos = model.configs[kind], model.encodings[kind], torch.arange(x.size(1))
     L, change = config.block_size, change if kind == "L" else Change()
     window = config.window if kind == "S" else L if change.keys == "last" else 0
     q, k, v = heads(attn, x)
-    q = q / math.sqrt(q.size(-1))
-    if change.logn:
-        q = q * (torch.log(pos[:, None] + 1) / math.log(L)).clamp(min=1)
-    far_q = far_k = None
-    if (rotary := pe.rotary(pos)) is not None:
+    q, rotary, far_q = q / math.sqrt(q.size(-1)), pe.rotary(pos), None
+    scaled = replace(config, attn_scaling="logn") if change.logn else config
+    if (scale := model.query_scale(scaled, pos, window, rotary is not None)) is not None:
+        q = q * scale
+    if rotary is not None:
         if change.slow != "true" or change.silent:
             for_q, for_k = far_rotations(pe.theta, pos, L, change)
             far_q, far_k = rotate(q, *for_q), rotate(k, *for_k)
@@ -131,11 +129,17 @@ def attention(model, attn, x, kind, change, generator, chunk):
     return attn.c_proj(torch.cat(outputs, dim=2).transpose(1, 2).flatten(2))
 
 
+def check_encodings(model):
+    """Raises ValueError if an encoding acts on the embeddings or adds a bias to the logits."""
+    for kind in set(model.config.kinds()):
+        if (pe := model.configs[kind].pe) not in ("nope", *ROTARY):
+            raise ValueError(f"causes are measured in encodings that rotate, and in nope, not in {pe}")
+
+
 @torch.no_grad()
 def losses_of(model, windows, change, seed=0, batch_size=2, chunk=256):
     """Windows (N, T + 1) -> loss of each predicted token (N, T) under a Change. Raises ValueError for biases."""
-    if model.config.pe not in ("nope", "rope", "prope", "hope"):
-        raise ValueError(f"causes are measured in encodings that rotate, and in nope, not in {model.config.pe}")
+    check_encodings(model)
     losses = []
     for rows in windows.split(batch_size):
         generator, x = torch.Generator().manual_seed(seed), model.transformer.wte(rows[:, :-1])
@@ -148,11 +152,12 @@ def losses_of(model, windows, change, seed=0, batch_size=2, chunk=256):
 
 
 def changes_of(model):
-    """The Changes that differ for a model, by name: without slow pairs, or pairs that rotate, some are the same."""
+    """The Changes that differ for a model, by name: without slow pairs, or with log-n scaling, some are the same."""
     theta, found = getattr(model.encodings["L"], "theta", torch.empty(0)), {}
     slow = theta * model.config.block_size < 2 * math.pi
     for name, change in CHANGES.items():
-        change = replace(change, slow=change.slow if slow.any() else "true", silent=change.silent and not slow.all())
+        change = replace(change, slow=change.slow if slow.any() else "true", silent=change.silent and not slow.all(),
+                         logn=change.logn and model.config.attn_scaling == "none")
         found.setdefault(change, name)
     return {name: change for change, name in found.items()}
 
@@ -193,13 +198,17 @@ SPACINGS = {"equal": lambda theta, L: torch.linspace(theta[0], theta[-1], len(th
 
 
 def spaced(spacing):
-    """HoPE with as many pairs between the same slowest and fastest, in another spacing. Raises ValueError for two."""
+    """HoPE with as many pairs between the same slowest and fastest, in another spacing. Raises ValueError for two.
+
+    Checkpoints hold its frequencies, as a buffer, so that HoPE with its own refuses them."""
     class Spaced(HoPE):
         def __init__(self, config):
             super().__init__(config)
             if len(self.theta) < 3:
                 raise ValueError(f"HoPE rotates {len(self.theta)} pairs here, and both ends stay: give it larger heads")
-            self.theta = SPACINGS[spacing](self.theta, config.block_size)
+            theta = self.theta
+            del self.theta
+            self.register_buffer("theta", SPACINGS[spacing](theta, config.block_size))
 
     return Spaced
 
@@ -213,26 +222,21 @@ def peaks(model, windows, max_factor=16):
     [L, max_factor L) minus its mean in [0, L), divided by the standard deviation of the logits in [0, L).
     -> the mean over layers and heads; 0 if no fast pair rotates.
     """
+    check_encodings(model)
     L, found, theta = model.config.block_size, [], getattr(model.encodings["L"], "theta", torch.empty(0))
     theta = theta[theta * L >= 2 * math.pi]  # (F,)
     if len(theta) == 0:
         return 0.0
     n_pairs, K = model.config.n_embd // model.config.n_head // 2, len(theta)
     turn = torch.exp(1j * torch.arange(max_factor * L)[:, None] * theta.double())  # (distances, F)
-    x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
-    for block, kind in zip(model.transformer.h, model.config.kinds()):
-        inputs = block.ln_1(x)
+    seen = torch.ones(L, L, dtype=torch.bool).tril()
+    for kind, (q, k, _, positions) in zip(model.config.kinds(), layer_heads(model, windows[:, :L])):  # (N, H, L, D)
         if kind == "L":
-            q, k, _ = heads(block.attn, inputs)  # (N, H, L, D)
             mean_q, mean_k = (torch.complex(t[..., :K], t[..., n_pairs:n_pairs + K]).mean(dim=(0, 2)) for t in (q, k))
             mean = (mean_q * mean_k.conj() * turn[:, None]).real.sum(dim=-1)  # (distances, H)
-            rotary = model.encodings[kind].rotary(pos)
-            logits = rotate(q, *rotary) @ rotate(k, *rotary).mT  # (N, H, L, L)
-            seen = pos <= pos[:, None]
+            logits = rotate(q, *positions.rotary) @ rotate(k, *positions.rotary).mT  # (N, H, L, L)
             std = torch.stack([logits[:, head][:, seen].std() for head in range(logits.size(1))])
             found.append((mean[L:].max(dim=0).values - mean[:L].mean(dim=0)) / std)
-        x = x + attention(model, block.attn, inputs, kind, Change(), None, L)
-        x = x + block.mlp(block.ln_2(x))
     return torch.stack(found).mean().item()
 
 
@@ -253,30 +257,25 @@ def previous_token_heads(model, windows):
     """windows (N, at least L) -> for each head of a full layer its mean weight on the previous token, and the share of
     each band of pairs in the mean logit of the previous token above that of all keys. Queries are at [L / 2, L).
     """
-    L, found, pe = model.config.block_size, [], model.encodings["L"]
-    n_pairs, theta = model.config.n_embd // model.config.n_head // 2, getattr(pe, "theta", torch.empty(0))
+    check_encodings(model)
+    L, found, theta = model.config.block_size, [], getattr(model.encodings["L"], "theta", torch.empty(0))
+    n_pairs = model.config.n_embd // model.config.n_head // 2
     turn = F.pad(2 * math.pi / theta, (0, n_pairs - len(theta)), value=math.inf)  # (P,) tokens
     band = torch.where(turn < 16, 0, torch.where(turn <= L, 1, torch.where(turn.isfinite(), 2, 3)))
-    x, pos = model.transformer.wte(windows[:, :L]), torch.arange(L)
-    rows, seen = pos[L // 2:], pos <= pos[L // 2:, None]
-    for layer, (block, kind) in enumerate(zip(model.transformer.h, model.config.kinds()), 1):
-        inputs = block.ln_1(x)
-        if kind == "L":
-            q, k, _ = heads(block.attn, inputs)
-            if (rotary := pe.rotary(pos)) is not None:
-                q, k = rotate(q, *rotary), rotate(k, *rotary)
-            q, k = (t.unflatten(-1, (2, -1)) for t in (q[:, :, rows] / math.sqrt(q.size(-1)), k))
+    rows = torch.arange(L // 2, L)
+    seen, at = torch.arange(L) <= rows[:, None], torch.arange(len(rows))
+    for layer, (q, k, _, positions) in enumerate(layer_heads(model, windows[:, :L]), 1):
+        if model.config.kinds()[layer - 1] == "L":
+            q, k = placed(q, k, positions)
+            q, k = pairs(q[:, :, rows] / math.sqrt(q.size(-1))), pairs(k)
             by_pair = torch.einsum("nhqcp,nhkcp->hnqkp", q, k)  # (H, N, Tq, L, P)
             weights = by_pair.sum(-1).masked_fill(~seen, -math.inf).softmax(-1)  # (H, N, Tq, L)
-            at = torch.arange(len(rows))
             mean = (by_pair * seen[..., None]).sum(3) / seen.sum(1)[:, None]  # (H, N, Tq, P) of all keys
             above = (by_pair[:, :, at, rows - 1] - mean).mean((1, 2))  # (H, P)
             for head in range(len(above)):
                 shares = torch.zeros(len(BANDS)).index_add(0, band, above[head] / above[head].sum())
                 found.append({"layer": layer, "head": head + 1, "weight": weights[head][:, at, rows - 1].mean().item(),
                               "logit": above[head].sum().item(), "shares": shares.tolist()})
-        x = x + attention(model, block.attn, inputs, kind, Change(), None, L)
-        x = x + block.mlp(block.ln_2(x))
     return found
 
 
@@ -284,44 +283,50 @@ def previous_token_heads(model, windows):
 # Commands
 
 SCORED = 32  # windows, by default of eval_extrapolation.py
+DIGITS = 5  # in the JSON
 
 
 def text_windows(args, folders):
-    """-> checkpoints, windows, edges, sha256 of the text: of the 32 windows that eval_extrapolation.py scores, as many
-    as --windows says, spread evenly."""
+    """-> checkpoints, windows, edges, and what they were scored on, as the JSON says it: of the 32 windows that
+    eval_extrapolation.py scores, or of as many as the text has room for, the number of --windows, spread evenly."""
     checkpoints = [load_checkpoint(folder) for folder in folders]
     ids, _, text_sha256, tokenizer = text_to_score(checkpoints, report.run_names(folders))
     edges = bucket_edges(min(checkpoint["config"]["block_size"] for checkpoint in checkpoints), args.max_factor)
     windows = document_windows(ids, tokenizer.end_of_document, edges[-1], SCORED)
-    return checkpoints, windows[::SCORED // args.windows], edges, text_sha256
+    windows = windows[::max(1, len(windows) // args.windows)][:args.windows]
+    return checkpoints, windows, edges, {
+        "spacing": args.spacing, "max_factor": args.max_factor, "windows": len(windows), "block_size": edges[1],
+        "dataset_sha256": text_sha256}
 
 
-def over_seeds(runs):
-    """Scored runs -> for each cell (all but the seed) and change, means and standard errors over seeds.
+def groups_of(runs):
+    """Runs -> [(name, runs)], in groups that differ in their seed alone. Raises ValueError if a seed occurs twice."""
+    groups = members_by_group(runs, [run_settings(run["args"], run["config"]) for run in runs])
+    groups = [(name, [run for run, _ in members]) for name, members in groups]
+    for _, members in groups:
+        seeds_of(members)
+    return groups
+
+
+def mean_changes(runs):
+    """Scored runs -> for each group and change, means and standard errors over seeds.
 
     "removed" is the share of the rise of the loss, from the first range to the last, that a change removes.
     """
-    cells, groups = {}, []
-    for run in runs:
-        cells.setdefault(json.dumps(run["config"]), []).append(run)
-    for members in cells.values():
+    groups = []
+    for group, members in groups_of(runs):
         changes = {}
         for name in members[0]["changes"]:
             scored = [run["changes"][name] for run in members]
             removed = [-row[-1]["above"] / (before[-1]["nll"] - before[0]["nll"])  # [0, L) has no change
                        for row, before in zip(scored, (run["changes"]["nothing"] for run in members))]
-            ranges = [{"start": rows[0]["start"], "end": rows[0]["end"], **with_error("nll", rows),
-                       **with_error("above", rows)} for rows in zip(*scored)]
-            changes[name] = {"ranges": ranges, **with_error("removed", [{"removed": share} for share in removed])}
-        groups.append({"name": members[0]["name"], "seeds": [run["seed"] for run in members],
-                       **with_error("peak", members), "changes": changes})
+            ranges = [{"start": rows[0]["start"], "end": rows[0]["end"],
+                       **over_seeds("nll", [row["nll"] for row in rows], "stderr"),
+                       **over_seeds("above", [row["above"] for row in rows], "stderr")} for rows in zip(*scored)]
+            changes[name] = {"ranges": ranges, **over_seeds("removed", removed, "stderr")}
+        groups.append({"name": group, "seeds": seeds_of(members),
+                       **over_seeds("peak", [run["peak"] for run in members], "stderr"), "changes": changes})
     return groups
-
-
-def with_error(key, rows):
-    """The mean of a key over rows, and its standard error."""
-    mean, stderr = report.mean_and_stderr([row[key] for row in rows])
-    return {key: mean, f"{key}_stderr": stderr}
 
 
 def show_groups(groups):
@@ -338,37 +343,41 @@ def show_groups(groups):
                            "the rise that it removes, ± standard error over seeds", columns, rows)
 
 
-def write(args, result):
+def write(args, scored_on, runs, **found):
     """Write --json, if it is given."""
     if args.json:
-        result = {"device": f"cpu ({torch.get_num_threads()} threads)", "spacing": args.spacing,
-                  "max_factor": args.max_factor, "windows": args.windows, **result}
-        report.write_json(args.json, "-m experiments.causes", result, digits=5)
+        report.write_json(args.json, "-m experiments.causes", {
+            "device": f"cpu ({torch.get_num_threads()} threads)", **scored_on,
+            "seeds": sorted({run["seed"] for run in runs}), **found, "runs": runs}, DIGITS)
 
 
-def earlier_runs(args, text_sha256):
-    """The runs that --json holds already, by name, if they were scored on the same windows."""
-    if not (args.json and Path(args.json).exists()):
-        return {}
-    found = json.loads(Path(args.json).read_text(encoding="utf-8"))
-    now = {"spacing": args.spacing, "max_factor": args.max_factor, "windows": args.windows,
-           "dataset_sha256": text_sha256}
-    return {run["name"]: run for run in found["runs"]} if now.items() <= found.items() else {}
+def earlier_runs(path, scored_on):
+    """The runs that the file of --json holds already, if they were scored on the same windows. Raises ValueError if the
+    file is another one."""
+    if not (path and Path(path).exists()):
+        return []
+    found = report.read_json(path, "runs", ("args", "config", "changes"), "this version of experiments.causes score")
+    return found["runs"] if scored_on.items() <= found.items() else []
 
 
 def score_command(args):
-    checkpoints, windows, edges, text_sha256 = text_windows(args, args.runs)
-    known, runs = earlier_runs(args, text_sha256), []
-    for name, checkpoint in zip(report.run_names(args.runs), checkpoints):
-        model = load_model(checkpoint)
-        changes = known[name]["changes"] if name in known else score(model, windows, edges)
-        runs.append({"name": name, "seed": checkpoint["args"]["seed"], "config": checkpoint["config"],
-                     "peak": peaks(model, windows, args.max_factor), "changes": changes})
-        result = {"dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}),
-                  "groups": over_seeds(runs), "runs": runs}
-        write(args, result)  # after each run, since many take long
-        print(f"{name}: done", flush=True)
-    show_groups(result["groups"])
+    checkpoints, windows, edges, scored_on = text_windows(args, args.runs)
+    named = [report.rounded({"name": name, "seed": checkpoint["args"]["seed"], "iter": checkpoint["iter"],
+                             "args": checkpoint["args"], "config": checkpoint["config"]}, DIGITS)
+             for name, checkpoint in zip(report.run_names(args.runs), checkpoints)]
+    by_name = {run["name"]: run for run in named}
+    runs = {run["name"]: run for run in earlier_runs(args.json, scored_on)
+            if by_name.get(run["name"], {}).items() <= run.items()}  # as it is now, or not named
+    groups_of([*(runs | by_name).values()])  # before the work: is a seed there twice?
+    for run, checkpoint in zip(named, checkpoints):
+        if run["name"] not in runs:
+            model = load_model(checkpoint)
+            runs[run["name"]] = run | {"peak": peaks(model, windows, args.max_factor),
+                                       "changes": score(model, windows, edges)}
+            done = list(runs.values())  # written after each run, since many take long
+            write(args, scored_on, done, groups=mean_changes(done))
+        print(f"{run['name']}: done", flush=True)
+    show_groups(mean_changes(list(runs.values())))
 
 
 def correlations(rows):
@@ -385,9 +394,13 @@ def correlations(rows):
 
 def noise_command(args):
     """Peaks of all scored models that rotate and have no windows, and the rise of their loss."""
-    scored = [run for path in args.scores for run in json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
-              if run["attn_scaling"] == "none" and run["pe"] != "nope" and "S" not in run["config"]["window_pattern"]]
-    checkpoints, windows, _, text_sha256 = text_windows(args, [Path(args.runs[0]) / run["name"] for run in scored])
+    if not args.scores or len(args.runs) > 1:
+        raise ValueError("noise takes the folder that holds the runs, and --scores with their losses")
+    scored = [run for run in read_runs(args.scores) if run["attn_scaling"] == "none" and run["pe"] in ROTARY
+              and "S" not in run["config"]["window_pattern"]]
+    if not scored:
+        raise ValueError("--scores holds no run that rotates, without windows and log-n scaling")
+    checkpoints, windows, _, scored_on = text_windows(args, [Path(args.runs[0]) / run["name"] for run in scored])
     rows = [{"name": run["name"], "pe": run["pe"], "seed": run["seed"],
              "peak": peaks(load_model(checkpoint), windows, args.max_factor),
              "rise": run["buckets"][-1]["nll"] - run["buckets"][0]["nll"]}
@@ -398,12 +411,11 @@ def noise_command(args):
                        {row["name"]: [f"{row[key]:.3f}" for key in ("peak", "rise")] for row in rows})
     report.print_table("rank correlation of the two", ["models", "correlation"], {
         f"{row['pe']}, seed {row['seed']}": [str(row["models"]), f"{row['rank_correlation']:.2f}"] for row in found})
-    write(args, {"dataset_sha256": text_sha256, "seeds": sorted({row["seed"] for row in rows}),
-                 "correlations": found, "runs": rows})
+    write(args, scored_on, rows, correlations=found)
 
 
 def heads_command(args):
-    checkpoints, windows, _, text_sha256 = text_windows(args, args.runs)
+    checkpoints, windows, _, scored_on = text_windows(args, args.runs)
     runs = []
     for name, checkpoint in zip(report.run_names(args.runs), checkpoints):
         rows = sorted(previous_token_heads(load_model(checkpoint), windows), key=lambda row: -row["weight"])
@@ -412,8 +424,7 @@ def heads_command(args):
                            ["weight on it", "its logit", *BANDS], {
             f"layer {row['layer']}, head {row['head']}": [
                 f"{value:.2f}" for value in (row["weight"], row["logit"], *row["shares"])] for row in rows})
-    write(args, {"dataset_sha256": text_sha256, "seeds": sorted({run["seed"] for run in runs}), "bands": BANDS,
-                 "runs": runs})
+    write(args, scored_on, runs, bands=BANDS)
 
 
 COMMANDS = {"score": score_command, "noise": noise_command, "heads": heads_command}
@@ -421,12 +432,13 @@ COMMANDS = {"score": score_command, "noise": noise_command, "heads": heads_comma
 
 def make_parser():
     parser = flags.ArgumentParser("Why the loss rises beyond the trained context: three causes, each removed.")
-    count, add = flags.parsed(int, at_least=1), parser.add_argument
+    add = parser.add_argument
     add("command", choices=COMMANDS, help="or: train SPACING, followed by the flags of train.py")
     add("runs", nargs="*", metavar="OUT_DIR", help="folders of runs; noise: the folder that holds the scored runs")
     add("--scores", nargs="+", metavar="FILE", help="noise: what eval_extrapolation.py --json wrote")
     add("--spacing", choices=tuple(SPACINGS), help="score: that HoPE was trained with")
-    add("--max_factor", type=count, default=16, help="longest context, in multiples of block_size")
+    add("--max_factor", type=flags.parsed(int, at_least=2), default=16, help="longest context, in "
+        "multiples of block_size")
     add("--windows", type=int, choices=(1, 2, 4, 8, 16, 32), default=16, help="windows to average over, of the 32 that "
         "eval_extrapolation.py scores")
     add("--json", metavar="FILE", help="write the results to this file")
@@ -447,6 +459,8 @@ def main(argv=None):
             train.main(argv[2:])
         return
     args = make_parser().parse_args(argv)
+    if not args.runs:
+        raise ValueError(f"{args.command} what? Name OUT_DIR, a folder")
     if args.json:
         report.check_output(args.json)
     with in_spacing(args.spacing):

@@ -66,8 +66,8 @@ def read_log(out_dir):
             break
     if not all(isinstance(line, dict) and line.keys() >= X_AXES.keys() for line in lines):
         raise ValueError(f"{path} is not a log of train.py: a line lacks one of {', '.join(X_AXES)}")
-    if not any("val_loss" in line for line in lines):
-        raise ValueError(f"{path} has no validation loss yet: wait for the first evaluation")
+    if all(line.get("val_loss") is None for line in lines):  # null if it is not finite
+        raise ValueError(f"{path} has no validation loss: wait for the first evaluation, unless the training diverged")
     return lines
 
 
@@ -84,7 +84,8 @@ def read_run(name, out_dir):
 def print_losses(runs):
     rows = {}
     for run in runs:
-        last, lowest = run["log"][-1], min(line["val_loss"] for line in run["log"] if "val_loss" in line)
+        last = run["log"][-1]
+        lowest = min(line["val_loss"] for line in run["log"] if line.get("val_loss") is not None)
         rows[run["name"]] = [report.format_cell(lowest, digits=4), f"{last['iter']:,}", f"{last['tokens']:,}",
                              f"{last['seconds'] / 60:,.1f}"]
     report.print_table("losses in nats per token", ["lowest validation loss", "steps", "tokens", "minutes"], rows)
@@ -109,15 +110,11 @@ FOLLOWS = {"learning_rate": "min_lr", "max_iters": "lr_decay_iters"}  # flag -> 
 
 def read_groups(paths):
     """JSON files of sweeps -> their groups; of two equal ones the first. Raises ValueError."""
-    found = {}
+    found, writer = {}, (f"experiments.sweep: --x takes {', '.join(X_AXES)} for folders of runs, and a flag for JSON "
+                         "files of sweeps")
     for path in paths:
-        try:
-            groups = json.loads(Path(path).read_text(encoding="utf-8"))["groups"]
-            assert groups
-            found |= {json.dumps(group["args"], sort_keys=True): group for group in groups} | found
-        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{path} was not written by experiments.sweep: --x takes {', '.join(X_AXES)} for folders "
-                             "of runs, and a flag for JSON files of sweeps") from error
+        for group in report.read_json(path, "groups", ("args", "buckets"), writer)["groups"]:
+            found.setdefault(json.dumps(group["args"], sort_keys=True), group)
     return list(found.values())
 
 

@@ -21,9 +21,10 @@ import math
 import torch
 
 from common import flags, report
-from experiments.groups import IN_WORDS
+from eval_extrapolation import can_scale
+from experiments.groups import IN_WORDS, network_of, run_settings, without_effect
 from experiments.sweep import read_runs
-from model import GPTConfig
+from model import PE, GPTConfig
 
 # name -> what a run's level is. The first level in the order of LEVELS is the one that others are compared with.
 FACTORS = {
@@ -34,9 +35,31 @@ FACTORS = {
     "log-n": lambda run, config: run["attn_scaling"],
 }
 LEVELS = {"head size": sorted, "base": lambda levels: sorted(levels, reverse=True),
-          "encoding": lambda levels: sorted(levels, key=["rope", "hope", "prope", "nope"].index),
+          "encoding": lambda levels: sorted(levels, key=["rope", "hope", "prope", *PE].index),
           "windows": sorted, "log-n": lambda levels: sorted(levels, reverse=True)}
+# Settings in which runs may differ: those that make the levels, and the seed
+VARIED = ("pe", "local_pe", "n_head", "rope_base", "prope_fraction", "window_pattern", "window", "attn_scaling", "seed")
 MEASURES = {"nll": "loss", "nll_above_local": "loss with the full context minus loss with at most L tokens"}
+
+
+def check_alike(runs):
+    """Raises ValueError if runs differ in anything but their levels and seeds, or if one has no loss in a range."""
+    found = {}  # name of a setting -> its values in the runs in which it has an effect
+    for run in runs:
+        if any(bucket["nll"] is None for bucket in run["buckets"]):
+            raise ValueError(f"{run['name']} has no loss beyond its trained context: leave it out")
+        scaling = {name: run[name] for name in ("rope_scaling", "rope_factor") if name in run}
+        settings = run_settings(run.get("args", {}), run["config"] | scaling)
+        idle = without_effect(settings)
+        its = {name: value for name, value in settings.items() if name not in VARIED and name not in idle}
+        if can_scale(network_of(settings)):  # not to be scaled is a setting, too
+            its["rope_scaling"] = settings["rope_scaling"]
+        its |= {"text": run["dataset_sha256"], "windows": run["windows"], "last range": run["buckets"][-1]["end"]}
+        for name, value in its.items():
+            found.setdefault(name, set()).add(value)
+    if differ := [f"{name} ({', '.join(sorted(map(str, values)))})"
+                  for name, values in found.items() if len(values) > 1]:
+        raise ValueError(f"the runs differ in {'; '.join(differ)}: compare runs that differ in their levels alone")
 
 
 def levels_of(runs):
@@ -52,12 +75,16 @@ def levels_of(runs):
               for name in FACTORS}
     levels = {name: found for name, found in levels.items() if len(found) > 1}
     for a, b in itertools.combinations(list(levels), 2):
-        pairs = {value[a]: value[b] for value in rotating}
-        if len(set(pairs.values())) == len(pairs) == len({(value[a], value[b]) for value in rotating}):
-            joint = {f"{a}, {b}": [f"{as_text(level)}, {as_text(pairs[level])}" for level in levels[a]]}
+        known = b if a == "base" else a  # the base of a run that does not rotate means nothing
+        pairs = {(value[a], value[b]) for value in (rotating if "base" in (a, b) else values)}
+        if len(pairs) == len(levels[a]) == len(levels[b]) and [set(column) for column in zip(*pairs)] == [
+                set(levels[a]), set(levels[b])]:
+            pairs = sorted(pairs, key=lambda pair: levels[a].index(pair[0]))
+            texts = {pair[known == b]: ", ".join(map(as_text, pair)) for pair in pairs}
             for value in values:
-                value |= {name: found[levels[a].index(value[a])] for name, found in joint.items()}
-            levels = joint | {name: found for name, found in levels.items() if name not in (a, b)}
+                value[f"{a}, {b}"] = texts[value[known]]
+            levels = {f"{a}, {b}": list(texts.values())} | {
+                name: found for name, found in levels.items() if name not in (a, b)}
             break
     indices = []
     for value, config in zip(values, configs):
@@ -96,8 +123,6 @@ def change(values, axes_and_levels):
 
 def p_value(t, degrees):
     """Two-sided p of Student's t: P(|T| > t), by the integral of its density."""
-    if not math.isfinite(t):
-        return 0.0 if math.isinf(t) else math.nan
     angle = torch.linspace(math.atan(abs(t) / math.sqrt(degrees)), math.pi / 2, 10_001, dtype=torch.float64)
     scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
     return 2 * scale * torch.trapezoid(angle.cos().clamp(min=0) ** (degrees - 1), angle).item()
@@ -114,7 +139,10 @@ def over_seeds(values, seeds):
 
 
 def effects_of(runs):
-    """-> what the JSON holds: levels, ranges, the effect of each level and the interaction of each two, by measure."""
+    """-> what the JSON holds: levels, ranges, the effect of each level and the interaction of each two, by measure.
+
+    Raises ValueError if the runs cannot be compared."""
+    check_alike(runs)
     levels, indices = levels_of(runs)
     seeds, names = sorted({run["seed"] for run in runs}), list(levels)
     single = [{axis: level} for axis, name in enumerate(names) for level in range(1, len(levels[name]))]

@@ -181,7 +181,9 @@ def attention_in_a_run(theta, length, scale, distance=1):
 
 
 def smallest_base(length, n_pairs):
-    """-> the smallest base, in steps of 1 %, with sum_j cos(m theta_j) >= 0 at all distances m <= length."""
+    """-> the smallest base, in steps of 1 %, with sum_j cos(m theta_j) >= 0 at all distances m <= length.
+
+    It is no threshold: with a larger base the sum can be negative again."""
     distance, j = torch.arange(length + 1, dtype=torch.float64)[:, None], torch.arange(n_pairs, dtype=torch.float64)
     base = 1.0
     while (distance * base ** (-j / n_pairs)).cos().sum(1).min() < 0:

@@ -121,6 +121,15 @@ def members_by_group(runs, settings):
     return list(zip(group_names([group[0][1] for group in members.values()]), members.values()))
 
 
+def seeds_of(runs):
+    """The seeds of a group's runs. Raises ValueError if two are the same."""
+    seeds = [run["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(", ".join(run["name"] for run in runs) + " have the same flags, and two of them the same "
+                         "seed: leave one out")
+    return seeds
+
+
 # --- Means over seeds -------------------------------------------------------------------------------------------------
 
 
@@ -176,11 +185,7 @@ def group_by_seed(runs):
 
 def mean_run(name, runs, settings, first):
     """The runs of a group, the settings of one, the runs of the first group -> the group."""
-    seeds = [run["seed"] for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(", ".join(run["name"] for run in runs) + " have the same flags, and two of them the same "
-                         "seed: leave one out")
-    return {"name": name, "pe": runs[0]["pe"], "block_size": runs[0]["block_size"], "seeds": seeds,
+    return {"name": name, "pe": runs[0]["pe"], "block_size": runs[0]["block_size"], "seeds": seeds_of(runs),
             **over_seeds("val_loss", [run.get("val_loss") for run in runs]), "parameters": runs[0].get("parameters"),
             **over_seeds("minutes", [run.get("minutes") for run in runs]),
             "args": {key: value for key, value in settings.items() if key != "seed"},

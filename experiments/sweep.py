@@ -280,15 +280,8 @@ def make_parser():
 
 def read_runs(paths):
     """JSON files -> all runs in them. Raises ValueError if one holds no scored runs."""
-    runs = []
-    for path in paths:
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))["runs"]
-            assert all(run["buckets"] and run["config"] for run in found) and found
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
-            raise ValueError(f"{path} was not written by eval_extrapolation.py --json or by a sweep") from error
-        runs += found
-    return runs
+    return [run for path in paths for run in report.read_json(
+        path, "runs", ("buckets", "config"), "eval_extrapolation.py --json or by a sweep")["runs"]]
 
 
 def checked_flags(rest):

@@ -5,15 +5,16 @@ Interventions at evaluation, against logits written out pair by pair.
 """
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import eval_extrapolation
-from common.checkpoint import load_checkpoint, load_model
+import train
+from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from experiments import causes
+from experiments.attention import heads
 from experiments.causes import CHANGES, Change
 from model import GPT, PE, GPTConfig, HoPE
 from tests.conftest import TINY_FLAGS
@@ -45,7 +46,12 @@ ARRANGEMENTS = [{"pe": "rope"}, {"pe": "hope"}, {"pe": "prope", "prope_fraction"
                 {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}]
 
 
-@pytest.mark.parametrize("fields", ARRANGEMENTS, ids=str)
+YARN, LOGN = {"rope_scaling": "yarn", "rope_factor": 4.0}, {"attn_scaling": "logn"}
+SCALED = [{"pe": "rope", **LOGN}, {"pe": "rope", **YARN}, {"pe": "hope", **YARN, **LOGN}, {"pe": "nope", **LOGN},
+          {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": L + 4, **YARN, **LOGN}]
+
+
+@pytest.mark.parametrize("fields", ARRANGEMENTS + SCALED, ids=str)
 @pytest.mark.parametrize("chunk", [7, 256])
 def test_without_a_change_losses_are_the_models_own(fields, chunk, windows):
     model = make_model(**fields)
@@ -148,18 +154,29 @@ def test_only_changes_that_make_a_difference_are_scored():
     assert list(causes.changes_of(make_model(pe="rope"))) == list(CHANGES)
     hope = {name for name, change in CHANGES.items() if change.slow == "true"} | {"all three"}
     assert set(causes.changes_of(make_model(pe="hope"))) == hope
+    assert not any("log-n" in name for name in causes.changes_of(make_model(pe="rope", attn_scaling="logn")))
     assert list(causes.changes_of(make_model(pe="nope"))) == ["nothing", "L keys sampled", "log-n", "last L keys"]
 
 
-def test_biases_are_refused(windows):
-    with pytest.raises(ValueError, match="not in alibi"):
-        causes.losses_of(make_model(pe="alibi"), windows, Change())
+@pytest.mark.parametrize("fields", [{"pe": "alibi"}, {"pe": "learned"}, {"pe": "sinusoidal"},
+                                    {"pe": "rope", "local_pe": "alibi", "window_pattern": "SL", "window": 5}], ids=str)
+def test_biases_and_encodings_of_the_embeddings_are_refused(fields, windows):
+    model = make_model(**fields)
+    for call in (lambda: causes.losses_of(model, windows, Change()), lambda: causes.peaks(model, windows),
+                 lambda: causes.previous_token_heads(model, windows)):
+        with pytest.raises(ValueError, match=f"not in {fields.get('local_pe', fields['pe'])}"):
+            call()
+
+
+def test_a_local_encoding_that_no_layer_has_is_not_refused(windows):
+    model = make_model(pe="rope", local_pe="alibi")  # without windows
+    torch.testing.assert_close(causes.losses_of(model, windows, Change()), own_losses(model, windows))
 
 
 def test_scores_are_paired_differences_and_groups_the_means_of_seeds(windows):
     edges, models = [0, L, 2 * L, 48], [make_model(pe="rope"), make_model(pe="rope", rope_base=50.0)]
     config = vars(models[0].config)
-    runs = [{"name": str(seed), "seed": seed, "config": config, "peak": 1.0 + seed,
+    runs = [{"name": str(seed), "seed": seed, "args": {"seed": seed}, "config": config, "peak": 1.0 + seed,
              "changes": causes.score(model, windows, edges)} for seed, model in enumerate(models)]
     own, changed = (causes.losses_of(models[0], windows, change) for change in (Change(), Change("clamped")))
     row = runs[0]["changes"]["angles clamped"][2]
@@ -167,7 +184,7 @@ def test_scores_are_paired_differences_and_groups_the_means_of_seeds(windows):
     by_window = (changed - own)[:, 32:48].mean(dim=1)
     assert row["above"] == pytest.approx(by_window.mean().item(), abs=1e-5)
     assert row["above_stderr"] == pytest.approx((by_window.std() / math.sqrt(3)).item(), rel=1e-3)
-    group, = causes.over_seeds(runs)
+    group, = causes.mean_changes(runs)
     rows = [run["changes"]["angles clamped"] for run in runs]
     assert group["seeds"] == [0, 1] and group["peak"] == 1.5 and group["peak_stderr"] == pytest.approx(0.5)
     mean = sum(ranges[2]["above"] for ranges in rows) / 2
@@ -213,7 +230,7 @@ def test_the_peak_is_that_of_the_mean_logit_of_independent_tokens(windows):
     theta = [t for t in model.transformer.wpe.theta.tolist() if t * L >= 2 * math.pi]
     block, n = model.transformer.h[0], len(theta)
     with torch.no_grad():
-        q, k, _ = causes.heads(block.attn, block.ln_1(model.transformer.wte(windows[:, :L])))  # (3, 2, L, 16)
+        q, k, _ = heads(block.attn, block.ln_1(model.transformer.wte(windows[:, :L])))  # (3, 2, L, 16)
     values, pos = [], torch.arange(L)
     for h in range(2):
         tokens_q, tokens_k = (torch.complex(t[:, h, :, :n], t[:, h, :, 8:8 + n]).flatten(0, 1) for t in (q, k))
@@ -262,7 +279,7 @@ def test_weights_and_shares_of_a_head_are_those_written_out(fields, windows):
     with torch.no_grad():
         model(windows[:, :L])
         hook.remove()
-        q, k, _ = causes.heads(model.transformer.h[layer].attn, inputs[0])
+        q, k, _ = heads(model.transformer.h[layer].attn, inputs[0])
     q, k = (torch.complex(t[..., :8], t[..., 8:]) for t in (q / 4, k))
     angles = torch.tensor([*theta, *[0.0] * (8 - len(theta))])
     for h in range(2):
@@ -289,24 +306,25 @@ def test_windows_are_some_of_those_that_the_evaluation_scores(finished_run):
     scored = eval_extrapolation.make_parser().parse_args([finished_run, "--max_factor", "4"])
     checkpoints = [load_checkpoint(finished_run)]
     windows, edges, _, text_sha256 = eval_extrapolation.choose_windows(scored, checkpoints, ["hope"])
-    _, found, found_edges, found_sha256 = causes.text_windows(args, [finished_run])
-    assert torch.equal(found, windows[::2]) and found_edges == edges and found_sha256 == text_sha256
+    _, found, found_edges, scored_on = causes.text_windows(args, [finished_run])
+    assert torch.equal(found, windows[::2]) and found_edges == edges and scored_on["dataset_sha256"] == text_sha256
 
 
-def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, capsys):
+@pytest.mark.parametrize("wanted, there, used", [(16, 24, 16), (32, 24, 24), (8, 24, 8), (16, 5, 5)])
+def test_a_short_text_gives_as_many_windows_as_it_can(wanted, there, used, finished_run, monkeypatch):
+    windows = torch.arange(there)
+    monkeypatch.setattr(causes, "document_windows", lambda *_: windows)
+    args = causes.make_parser().parse_args(["score", finished_run, "--windows", str(wanted)])
+    _, found, _, scored_on = causes.text_windows(args, [finished_run])
+    assert torch.equal(found, windows[::max(1, there // wanted)][:used]) and scored_on["windows"] == len(found) == used
+
+
+def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, capsys, fails):
     causes.main(["score", finished_run, "--max_factor", "4", "--windows", "4", "--json", str(tmp_path / "causes.json")])
     written = json.loads((tmp_path / "causes.json").read_text())
     assert "adds" in capsys.readouterr().out
     assert written["command"].startswith("python -m experiments.causes") and written["groups"][0]["seeds"] == [1]
     assert [row["end"] for row in written["runs"][0]["changes"]["nothing"]] == [16, 32, 64]
-
-    given = ["score", finished_run, "--max_factor", "4", "--json", str(tmp_path / "causes.json"), "--windows"]
-    for windows, is_kept in (("4", True), ("2", False)):  # other windows: scored anew
-        written["runs"][0]["changes"]["nothing"][0]["nll"] = 7
-        (tmp_path / "causes.json").write_text(json.dumps(written))
-        causes.main([*given, windows])
-        found = json.loads((tmp_path / "causes.json").read_text())
-        assert (found["runs"][0]["changes"]["nothing"][0]["nll"] == 7) == is_kept
 
     causes.main(["heads", finished_run, "--max_factor", "2", "--windows", "2", "--json", str(tmp_path / "heads.json")])
     run, = json.loads((tmp_path / "heads.json").read_text())["runs"]
@@ -318,7 +336,76 @@ def test_the_commands_score_train_and_compare(finished_run, dataset, tmp_path, c
                      "--pe", "hope", "--n_embd", "64", "--rope_base", "10"])
     causes.main(["score", out_dir, "--spacing", "late", "--max_factor", "2", "--windows", "2"])
     with causes.in_spacing("late"):
-        assert replace(load_model(out_dir).config).pe == "hope"
+        late = load_model(out_dir).transformer.wpe.theta
+    causes.main(["train", "late", "--resume", "--out_dir", out_dir, "--max_iters", "3"])
+    assert torch.equal(load_checkpoint(out_dir)["model"]["transformer.wpe.theta"], late)
+    for script, arguments in ((eval_extrapolation, [out_dir]), (causes, ["score", out_dir]),
+                              (train, ["--resume", "--out_dir", out_dir, "--max_iters", "4"])):
+        code, lines = fails(script, arguments)  # HoPE with its own spacing would be another network
+        assert code == 2 and len(lines) == 1 and ("do not fit" in lines[0] or "not resumed" in lines[0])
+
+
+def copies(finished_run, folder, *changes):
+    """Checkpoints of a finished run in which args, config or iter are changed -> their paths."""
+    paths = []
+    for name, change in changes:
+        checkpoint = load_checkpoint(finished_run)
+        paths.append(str(folder / f"{name}.pt"))
+        save_checkpoint(paths[-1], {key: {**value, **change.get(key, {})} if isinstance(value, dict)
+                                    else change.get(key, value) for key, value in checkpoint.items()})
+    return paths
+
+
+def test_a_run_is_scored_again_only_if_its_flags_its_step_or_the_windows_have_changed_and_others_are_kept(
+        finished_run, tmp_path, monkeypatch, fails):
+    file, scored, score = str(tmp_path / "causes.json"), [], causes.score
+    monkeypatch.setattr(causes, "score", lambda *args: scored.append(1) or score(*args))
+
+    def names_after(names_and_changes, windows="2"):
+        """-> how many runs were scored, names of all runs in the file."""
+        scored.clear()
+        causes.main(["score", *copies(finished_run, tmp_path, *names_and_changes), "--max_factor", "2", "--windows",
+                     windows, "--json", file])
+        return len(scored), [run["name"] for run in json.loads(Path(file).read_text())["runs"]]
+
+    rate = 0.0123456789  # more digits than the file has
+    a, b = ("a", {}), ("b", {"args": {"seed": 2, "learning_rate": rate}})
+    assert names_after([a, b]) == (2, ["a", "b"])
+    assert names_after([a, b]) == (0, ["a", "b"]) and names_after([b]) == (0, ["a", "b"])
+    assert names_after([("b", {"args": {"seed": 2}})]) == (1, ["a", "b"])
+    assert names_after([("a", {"iter": 4})]) == (1, ["b", "a"])
+    assert names_after([("a", {"config": {"attn_scaling": "logn"}})]) == (1, ["b", "a"])
+    assert names_after([("c", {"args": {"seed": 3}})]) == (1, ["b", "a", "c"])
+    assert names_after([("c", {"args": {"seed": 3}})], windows="1") == (1, ["c"])  # nothing else fits these windows
+    again, = copies(finished_run, tmp_path, ("d", {"args": {"seed": 3}}))
+    code, lines = fails(causes, ["score", again, "--max_factor", "2", "--windows", "1", "--json", file])
+    assert code == 2 and len(lines) == 1 and "c, d have the same flags, and two of them the same seed" in lines[0]
+
+
+def test_groups_differ_in_the_seed_alone_and_are_named_by_what_differs(finished_run, tmp_path):
+    paths = copies(finished_run, tmp_path, ("a", {"args": {"seed": 1}}), ("b", {"args": {"seed": 2}}),
+                   ("c", {"args": {"seed": 1, "learning_rate": 0.5, "out_dir": "c"}}))
+    causes.main(["score", *paths, "--max_factor", "2", "--windows", "2", "--json", str(tmp_path / "causes.json")])
+    groups = json.loads((tmp_path / "causes.json").read_text())["groups"]
+    rate = load_checkpoint(finished_run)["args"]["learning_rate"]
+    assert [(group["name"], group["seeds"]) for group in groups] == [
+        (f"hope learning_rate {rate:g}", [1, 2]), ("hope learning_rate 0.5", [1])]
+
+
+@pytest.mark.parametrize("line, words", [
+    ("score", "score what"), ("heads", "heads what"), ("noise", "noise what"), ("noise {tmp}", "--scores"),
+    ("noise {tmp} {run} --scores {tmp}/a.json", "noise takes the folder"), ("score {run} --max_factor 1", "at least 2"),
+    ("noise {tmp} --scores {tmp}/none.json", "none.json"), ("noise {tmp} --scores {tmp}/nope.json", "run that rotates"),
+    *[(f"{command} {{tmp}}/{name}.json", f"{name}.json was not written by") for name in "abcd"
+      for command in ("noise {tmp} --scores", "score {run} --json")]])
+def test_mistakes_get_one_line(line, words, finished_run, tmp_path, fails):
+    for name, text in (("a", '{"runs": [{"name"'), ("b", "[1]"), ("c", '{"runs": [{"name": "rope", "heads": []}]}'),
+                       ("d", "{}")):
+        (tmp_path / f"{name}.json").write_text(text)
+    (tmp_path / "nope.json").write_text(json.dumps({"runs": [
+        {"pe": "nope", "attn_scaling": "none", "config": vars(GPTConfig(pe="nope")), "buckets": [{}]}]}))
+    code, lines = fails(causes, line.format(run=finished_run, tmp=tmp_path).split())
+    assert code == 2 and len(lines) == 1 and words in lines[0], lines
 
 
 def test_noise_needs_scores_and_compares_models(finished_run, tmp_path, capsys):

@@ -54,6 +54,12 @@ def test_training_losses_are_drawn_where_they_are_and_a_line_that_a_kill_cut_sho
     assert [line[1:] for line in drawn_lines(monkeypatch, [run])] == [([0, 10], [4.0, 3.0]), ([5, 10], [3.5, 2.5])]
 
 
+def test_a_run_that_diverged_is_drawn_and_summed_up_to_there(logs, monkeypatch, capsys):
+    run = logs("a", log_line(0, val_loss=4.0), log_line(10, val_loss=3.0), log_line(20, val_loss=None, train_loss=None))
+    assert [line[1:] for line in drawn_lines(monkeypatch, [run])][0] == ([0, 10], [4.0, 3.0])
+    assert "3.0000" in capsys.readouterr().out
+
+
 def test_a_finished_run_is_drawn_in_the_colour_of_its_encoding_and_summed_up(finished_run, tmp_path, monkeypatch,
                                                                              capsys):
     curves.main([finished_run, "--plot", str(tmp_path / "losses.png")])
@@ -65,7 +71,7 @@ def test_a_finished_run_is_drawn_in_the_colour_of_its_encoding_and_summed_up(fin
 
 @pytest.mark.parametrize("lines, words", [
     ((), "no validation loss"), ((log_line(0, train_loss=1.0),), "no validation loss"), (({"loss": 1},), "not a log"),
-    (("[1]\n",), "not a log"), (None, "there is no")])
+    (("[1]\n",), "not a log"), ((log_line(0, val_loss=None),), "no validation loss"), (None, "there is no")])
 def test_a_folder_without_losses_is_refused_in_one_line(lines, words, logs, tmp_path, fails):
     run = str(tmp_path / "nothing") if lines is None else logs("a", *lines)
     code, output = fails(curves, [run, "--plot", str(tmp_path / "x.png")])

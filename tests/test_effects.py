@@ -104,6 +104,62 @@ def test_factors_that_always_change_together_are_one():
         **result["levels"], "encoding": ["rope", "hope", "nope"]}  # whatever their base
 
 
+def test_factors_that_change_together_in_some_runs_only_stay_two():
+    """Of the runs that rotate, each head size has one base; NoPE has a head size more, or a second one of a base."""
+    corners = [run for run in make_runs() if run["pe"] != "nope" and not run["config"]["window"]
+               and (run["config"]["n_head"], run["config"]["rope_base"]) in ((4, 10000), (2, 100))]
+    levels = effects.effects_of([*corners, *[make_run(seed, 8, 100, "nope", 0, 0) for seed in SEEDS]])["levels"]
+    assert levels == {"head size": [16, 32, 64], "base": [10000, 100], "encoding": ["rope", "hope", "nope"],
+                      "log-n": ["none", "logn"]}
+
+
+def test_a_base_that_changes_with_an_encoding_or_with_windows_is_one_factor_with_it_whatever_that_of_nope_is():
+    runs = [make_run(seed, 4, base, pe, window, 0) for seed in SEEDS
+            for pe, base, window in (("rope", 100, 0), ("rope", 1e4, 16), ("nope", 500, 0))]
+    result = effects.effects_of(runs)
+    assert result["levels"] == {"base, windows": ["10000, windows", "100, none"], "encoding": ["rope", "nope"]}
+    runs = [make_run(seed, 4, base, pe, 0, 0) for seed in SEEDS
+            for pe, base in (("rope", 100), ("hope", 1e4), ("nope", 500))]
+    assert list(effects.effects_of(runs)["levels"]) == ["base", "encoding"]  # NoPE has neither base
+
+
+def changed(run, **changes):
+    """A run with other fields, args or config."""
+    return {**run, **{key: {**run.get(key, {}), **value} if isinstance(value, dict) else value
+                      for key, value in changes.items()}}
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"dataset_sha256": "1"}, "text (0, 1)"), ({"windows": 16}, "windows (16, 32)"),
+    ({"args": {"optimizer": "adamw", "max_iters": 600}}, "optimizer (adamw, muon); max_iters (300, 600)"),
+    ({"config": {"hope_cutoff": 2.0}}, "hope_cutoff (1.0, 2.0)"),
+    ({"rope_scaling": "yarn"}, "rope_scaling (none, yarn)"),
+    ({"buckets": [{"start": 0, "end": 128, "nll": 1.0, "nll_above_local": 0.0}]}, "last range (128, 256)"),
+    ({"buckets": [{"start": 0, "end": 256, "nll": None, "nll_above_local": None}]}, "no loss beyond")])
+def test_runs_that_differ_in_more_than_their_levels_are_refused_in_one_line(changes, words):
+    runs = [changed(run, args={"optimizer": "muon", "max_iters": 300}) for run in make_runs()]
+    i = next(i for i, run in enumerate(runs) if run["pe"] == "hope")
+    runs[i] = changed(runs[i], **changes)
+    with pytest.raises(ValueError) as error:
+        effects.effects_of(runs)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_without_effect_may_differ():
+    runs = [changed(run, args={"optimizer": "adamw", "muon_momentum": 0.1 * run["seed"], "out_dir": run["name"]})
+            for run in make_runs()]
+    expected = effects.effects_of(runs)
+    for run in runs:
+        if run["pe"] != "hope":
+            run["config"] = {**run["config"], "hope_cutoff": 3.0}
+    assert effects.effects_of(runs) == expected
+
+
+def test_every_encoding_has_its_place_and_rope_is_the_first():
+    runs = [make_run(seed, 4, 1e4, pe, 0, 0) for seed in SEEDS for pe in ("kerple", "nope", "alibi", "hope", "rope")]
+    assert effects.effects_of(runs)["levels"] == {"encoding": ["rope", "hope", "nope", "alibi", "kerple"]}
+
+
 def test_only_runs_with_some_levels_are_selected():
     runs = effects.selected(make_runs(), ["windows=none", "head size=64", "base=100"])
     assert len(runs) == 3 * 2 * 2  # seeds, rope and hope, log-n
@@ -123,9 +179,9 @@ def test_two_runs_of_one_cell_and_seed_are_refused():
 
 
 @pytest.mark.parametrize("t, degrees, p", [(12.706, 1, 0.05), (4.3027, 2, 0.05), (2.7764, 4, 0.05), (-9.9248, 2, 0.01),
-                                           (0, 2, 1)])
+                                           (0, 2, 1), (math.inf, 2, 0), (-math.inf, 1, 0), (math.nan, 2, math.nan)])
 def test_p_values_are_those_of_students_table(t, degrees, p):
-    assert effects.p_value(t, degrees) == pytest.approx(p, rel=1e-3)
+    assert effects.p_value(t, degrees) == pytest.approx(p, rel=1e-3, abs=0, nan_ok=True)
 
 
 def test_one_seed_has_no_errors_and_no_large_interactions():

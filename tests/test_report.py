@@ -26,6 +26,20 @@ def test_text_is_written_as_it_is_and_the_command_can_be_pasted(tmp_path, monkey
     assert json.loads(text)["command"] == "python -m experiments.x 'my  runs/[ 1 ]'"
 
 
+@pytest.mark.parametrize("text", [
+    "{", "[]", "5", "null", "{}", '{"runs": []}', '{"runs": 5}', '{"runs": {"a": 1}}', '{"runs": [["a"]]}',
+    '{"runs": [{"a": 1}, {"b": 1}]}', '{"runs": [{"a": []}]}', "\xff", None])
+def test_a_json_file_of_another_kind_is_named_and_one_of_this_kind_is_read(text, tmp_path):
+    path = tmp_path / "x.json"
+    path.mkdir() if text is None else path.write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="x.json was not written by y$"):
+        report.read_json(path, "runs", "a", "y")
+    (tmp_path / "z.json").write_text('{"runs": [{"a": 1}], "b": 2}')
+    assert report.read_json(tmp_path / "z.json", "runs", "a", "y") == {"runs": [{"a": 1}], "b": 2}
+    with pytest.raises(FileNotFoundError):
+        report.read_json(tmp_path / "none.json", "runs", "a", "y")
+
+
 def test_a_folder_that_cannot_be_written_is_found_out_before_the_work(tmp_path, monkeypatch, fails):
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
     for flag in ("--json", "--plot"):
