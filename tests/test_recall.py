@@ -286,7 +286,8 @@ def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypat
                                                (os.killpg, signal.SIGINT)])
 def test_processes_end_with_their_parent_and_at_ctrl_c(send, stop_signal, tmp_path):
     wait = "import os, time; open(str(os.getpid()), 'w'); time.sleep(600)"
-    program = ("from common import flags; from experiments.recall import side_by_side; "
+    program = ("import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a job with & ignores it
+               "from common import flags; from experiments.recall import side_by_side; "
                f"flags.run(lambda: list(side_by_side(exec, dict.fromkeys(range(4), ({wait!r},)), jobs=2)))")
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
                               env={**os.environ, "PYTHONPATH": str(PROJECT)}, start_new_session=True)
