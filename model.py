@@ -585,8 +585,8 @@ def yarn(theta, base, block_size, factor):
     """YaRN (arXiv 2309.00071): keep pairs with over 32 turns in L, divide those with under 1 turn.
 
     In between, a linear ramp over the pair's index, as in the authors' code (in the paper: over the
-    number of turns). The limits head_dim - 1 and 0.001 are those of
-    that code, too. YaRN's temperature is in GPT.query_scale."""
+    number of turns). The limits head_dim - 1 and 0.001 are those of that code, too. YaRN's
+    temperature is in GPT.query_scale."""
     head_dim = 2 * len(theta)
     j = torch.arange(len(theta), dtype=theta.dtype)
     first, last = (head_dim * math.log(block_size / (2 * math.pi * turns)) / (2 * math.log(base))

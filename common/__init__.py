@@ -3,11 +3,13 @@ What the scripts share. They import this package first: while torch is imported,
 """
 import sys
 
+show = sys.excepthook
+
 
 def show_unless_ctrl_c(kind, error, trace):
-    """sys.excepthook until flags.run takes over."""
+    """Ctrl-C that comes before flags.run can catch it prints nothing; all else is shown as before."""
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        show(kind, error, trace)
 
 
 sys.excepthook = show_unless_ctrl_c
