@@ -1,34 +1,34 @@
 """
-The tasks of experiments/recall.py: sequences of letters, drawn anew each time, and filler (^ start, . filler,
-| separator). The answers are underlined:
+The tasks of experiments/recall.py: sequences of letters, drawn anew each time, and filler (^ start,
+. filler, | separator). The answers are underlined:
 
-    copy       ^ c a f b . . . . . . . . . | c a f b        repeat the letters
+    copy       ^ c a f b . . . . . . . . . | c a f b    repeat the letters
                                              = = = =
-    binding    ^ c a f b e d . . . . . . . | f b            the second letter of one of the pairs c a, f b, e d
+    binding    ^ c a f b e d . . . . . . . | f b        look up the second letter of a pair
                                                =
-    decoy      ^ c a f b e d . . . . . h g | f b            the same, with another pair in between
 
-All letters of a sequence differ. Copy and binding are learned together; decoys occur only in tests. Training asks for
-all pairs, in random order, a test for one. There are 4 to 8 letters, or 3 to 6 pairs, at any length: only the distance
-to them grows.
+All letters of a sequence differ. A network learns both together. Training asks for all pairs, in
+random order, a test for one. There are 4 to 8 letters, or 3 to 6 pairs, at any length: only the
+distance to them grows.
 
-In a harder task (--hard) distractors match in part. A letter is looked up by two others, which both have to match:
+In a harder look-up (--hard) a letter is found by two others, which both have to match:
 
     match      ^ . c b z . . c a x . . d b y . d a w . | c a x
                                                              =
     crowd      ^ . c g v h a u c a x f a e c s k c r t | c a x
                                                              =
 
-Match has three first and three second letters (two in the picture) in all combinations, each with a third letter of its
-own: two others share the first letter of the question and two the second. In training there are one to three first and
-second letters. A test asks for one triple, which stands anywhere, training for up to three. In a crowd, which occurs
-only in tests, the whole sequence is filled with triples that share one of the two letters of the question, so that
-their number grows with the length.
+Match has three first and three second letters (two in the picture) in all combinations, each with a
+third letter of its own: two others share the first letter of the question and two the second. In
+training there are one to three first and second letters. A test asks for one triple, which stands
+anywhere, training for up to three. In a crowd, which occurs only in tests, the whole sequence is
+filled with triples that share one of the two letters of the question: their number grows with the
+length.
 
 Shapes: B sequences of T tokens.
 """
-import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -36,11 +36,11 @@ LETTERS = 32
 FILLER, SEPARATOR, START = range(LETTERS, LETTERS + 3)
 VOCAB_SIZE = START + 1
 COPIED, BOUND = range(4, 9), range(3, 7)  # how many letters are copied, how many pairs there are
-SIDE, ASKED = 3, 3  # match: up to SIDE first and second letters; ASKED triples are asked for in training
+SIDE, ASKED = 3, 3  # match: up to SIDE first and second letters; triples asked for in training
 
 
 def generator_for(*numbers):
-    """-> a random generator that depends on these numbers alone, hence the same for every encoding."""
+    """-> a random generator that depends on these numbers alone: the same for every encoding."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number) % 2**63
@@ -62,14 +62,14 @@ def pick(rows, index):
 
 
 def with_targets(tokens, answers):
-    """Tokens (B, length + 1) and the positions of the answers -> inputs and targets (B, length) each."""
+    """Tokens (B, length + 1) and the positions of the answers -> inputs, targets (B, length)."""
     targets = torch.full_like(tokens, -1)
     targets[:, answers] = tokens[:, answers]
     return tokens[:, :-1], targets[:, 1:]
 
 
 def copy_task(size, length, generator):
-    """-> tokens and targets; the answers are the last 4 to 8 tokens."""
+    """-> tokens, targets (B, length); the answers are the last 4 to 8 tokens."""
     count = choose(COPIED, generator)
     letters = distinct(size, count, generator)
     tokens = torch.full((size, length + 1), FILLER)
@@ -78,54 +78,60 @@ def copy_task(size, length, generator):
     return with_targets(tokens, range(length - count + 1, length + 1))
 
 
-def binding_task(size, length, generator, n_asked=None, decoy=False):
-    """-> tokens and targets; n_asked of the pairs (None: all) are asked for at the end, in random order."""
+def binding_task(size, length, generator, testing=False):
+    """-> tokens, targets (B, length); all pairs, in tests one, are asked for in random order."""
     count = choose(BOUND, generator)
-    pairs = distinct(size, 2 * count + 2, generator).view(size, count + 1, 2)  # one more, for the decoy
-    order = torch.rand(size, count, generator=generator).argsort(dim=1)[:, :n_asked]
-    asked = pick(pairs, order).flatten(1)  # (B, 2 n_asked)
+    pairs = distinct(size, 2 * count, generator).view(size, count, 2)
+    order = torch.rand(size, count, generator=generator).argsort(dim=1)
+    asked = pick(pairs, order[:, :1] if testing else order).flatten(1)  # (B, 2 n_asked)
     tokens = torch.full((size, length + 1), FILLER)
-    first = length + 1 - asked.size(1)  # position of the first question
-    tokens[:, 0], tokens[:, first - 1] = START, SEPARATOR
-    tokens[:, 1:2 * count + 1] = pairs[:, :count].flatten(1)
-    tokens[:, first:] = asked
-    if decoy:
-        tokens[:, first - 3:first - 1] = pairs[:, count]
-    return with_targets(tokens, range(first + 1, length + 1, 2))
+    question = length + 1 - asked.size(1)  # position of the first one
+    tokens[:, 0], tokens[:, question - 1] = START, SEPARATOR
+    tokens[:, 1:2 * count + 1] = pairs.flatten(1)
+    tokens[:, question:] = asked
+    return with_targets(tokens, range(question + 1, length + 1, 2))
 
 
 def grid(size, n_first, n_second, generator):
-    """-> a triple for each first and second letter, in random order (B, n, 3), and the letters left over (B, m)."""
+    """-> a triple for each first and second letter, in random order (B, n, 3), and the letters that
+    are left over (B, m)."""
     n, letters = n_first * n_second, distinct(size, LETTERS, generator)
-    first, second, third, others = letters.split([n_first, n_second, n, LETTERS - n_first - n_second - n], dim=1)
-    triples = torch.stack([first.repeat_interleave(n_second, 1), second.repeat(1, n_first), third], dim=2)
+    first, second, third, others = letters.tensor_split(
+        [n_first, n_first + n_second, n_first + n_second + n], dim=1)
+    triples = torch.stack([first.repeat_interleave(n_second, 1), second.repeat(1, n_first), third],
+                          dim=2)
     return pick(triples, torch.rand(size, n, generator=generator).argsort(dim=1)), others
 
 
 def scattered(n, room, generator):
     """-> where n triples start if they stand at random places in `room` tokens (n,)."""
-    places = torch.randperm(room - 2 * n, generator=generator)[:n].sort().values  # as if each were one token long
-    return places + 2 * torch.arange(n)
+    places = torch.randperm(room - 2 * n, generator=generator)[:n]  # as if each were one token long
+    return places.sort().values + 2 * torch.arange(n)
 
 
 def half_matches(asked, others, count, generator):
-    """asked (B, 3), letters (B, m) -> triples that share its first letter or its second, in turns (B, count, 3)."""
-    triples = pick(others, torch.randint(others.size(1), (len(asked), 3 * count), generator=generator))
-    triples = triples.unflatten(1, (count, 3))
+    """asked (B, 3), letters (B, m) -> triples that share its first letter or its second, in turns
+    (B, count, 3)."""
+    choice = torch.randint(others.size(1), (len(asked), 3 * count), generator=generator)
+    triples = pick(others, choice).unflatten(1, (count, 3))
     triples[:, ::2, 0], triples[:, 1::2, 1] = asked[:, :1], asked[:, 1:2]
     return triples
 
 
 def match_task(size, length, generator, testing=False, crowd=False):
-    """-> tokens and targets; up to ASKED triples, in tests one, are asked for at the end, in random order."""
-    n_first, n_second = (SIDE, SIDE) if testing else torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
+    """-> tokens, targets (B, length); up to ASKED triples, in tests one, are asked for in random
+    order."""
+    n_first = n_second = SIDE
+    if not testing:
+        n_first, n_second = torch.randint(1, SIDE + 1, (2,), generator=generator).tolist()
     triples, others = grid(size, n_first, n_second, generator)
-    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)[:, :1 if testing else ASKED]
-    asked = pick(triples, order)  # (B, n_asked, 3)
+    order = torch.rand(triples.shape[:2], generator=generator).argsort(dim=1)
+    asked = pick(triples, order[:, :1 if testing else ASKED])  # (B, n_asked, 3)
     question = length + 1 - 3 * asked.size(1)  # position of the first one
     if crowd:
         count = (question - 2) // 3  # all that there is room for
-        triples = torch.cat([asked, half_matches(asked[:, 0], others, count - 1, generator)], dim=1)
+        distractors = half_matches(asked[:, 0], others, count - 1, generator)
+        triples = torch.cat([asked, distractors], dim=1)
         triples = triples[:, torch.randperm(count, generator=generator)]
         starts = torch.arange(question - 1 - 3 * count, question - 1, 3)
     else:
@@ -142,28 +148,24 @@ def mean_over(options, probability):
     return sum(map(probability, options)) / len(options)
 
 
-# --- What a model learns and how it is tested -------------------------------------------------------------------------
+# --- What a network learns and how it is tested ---------------------------------------------------
 
 
 @dataclass
 class Tasks:
     trained: tuple  # together, each with an equal share of the batch
-    tested: dict  # name -> the task as tested, and the accuracy of the best guess; None if it depends on the length
-    guess: str  # what the best guess knows, for titles
+    tested: dict  # name -> the task as tested, and the accuracy of the best guess, None if unknown
     shortest: int  # an even length with room for all of them
 
 
-# The best guess knows which letters can be the answer, but not which one is: for copy those not given yet, for look-ups
-# the second letters of all pairs. A blind guess has 1 / 32.
+# The best guess knows which letters can be the answer, but not which one is: for copy those not
+# given yet, for binding the second letters of all pairs, for match the third ones of the SIDE
+# triples that share a letter with the question.
 EASY = Tasks((copy_task, binding_task), {
     "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
-    "binding": (lambda *args: binding_task(*args, n_asked=1), mean_over(BOUND, lambda n: 1 / n)),
-    "decoy": (lambda *args: binding_task(*args, n_asked=1, decoy=True), mean_over(BOUND, lambda n: 1 / (n + 1))),
-}, "that knows the letters, but not their order", 2 + 4 * max(BOUND))
-# SIDE triples share a letter with the question. In a crowd these are half of all.
+    "binding": (partial(binding_task, testing=True), mean_over(BOUND, lambda n: 1 / n)),
+}, shortest=2 + 4 * max(BOUND))
 HARD = Tasks((match_task,), {
-    "match": (lambda *args: match_task(*args, testing=True), 1 / SIDE),
-    "crowd": (lambda *args: match_task(*args, testing=True, crowd=True), None),
-}, "that matches one letter of two", 2 + 3 * (SIDE * SIDE + ASKED))
-ONLY_TESTED = ("decoy", "crowd")
-EXACT_CHANCE = mean_over(COPIED, lambda n: 1 / math.factorial(n))
+    "match": (partial(match_task, testing=True), 1 / SIDE),
+    "crowd": (partial(match_task, testing=True, crowd=True), None),
+}, shortest=2 + 3 * (SIDE * SIDE + ASKED))
