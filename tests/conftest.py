@@ -1,7 +1,6 @@
-"""Shared by the tests: a tiny text, runs and models, and ways to call, watch and interrupt the scripts.
+"""Shared by the tests: a tiny text, runs and models, and ways to call and interrupt the scripts.
 
-Tests run on the CPU with one thread, whatever the machine has. NANOHOPE_TEST_DEVICE=cuda (or mps, ...) leaves its GPU
-visible, and runs the few tests that need one.
+Tests run on the CPU with one thread, whatever the machine has.
 """
 import base64
 import errno
@@ -23,17 +22,16 @@ from data.tokenizer import BPETokenizer, CharTokenizer
 from model import GPT, GPTConfig
 
 PROJECT = Path(train.__file__).resolve().parent
-TINY_FLAGS = ["--block_size", "16", "--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--batch_size", "4",
-              "--warmup_iters", "2", "--eval_interval", "5", "--eval_iters", "2", "--device", "cpu"]
+TINY_FLAGS = ("--block_size 16 --n_layer 2 --n_head 2 --n_embd 32 --batch_size 4 --warmup_iters 2 "
+              "--eval_interval 5 --eval_iters 2 --device cpu").split()
 
 torch.set_num_threads(1)  # the bits of a sum depend on their number
-if "NANOHOPE_TEST_DEVICE" not in os.environ:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch looks at it when a GPU is first asked for
-    torch.accelerator.current_accelerator = lambda check_available=False: None
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # torch reads it when a GPU is first asked for
+torch.accelerator.current_accelerator = lambda check_available=False: None
 
-# Children start as copies of a process that has imported all this already: seconds saved at each of them.
+# Children are copies of a process that has imported all this: seconds saved at each of them.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.conftest", "torch._dynamo"])  # AdamW imports the latter when first used
+processes.set_forkserver_preload(["tests.conftest", "torch._dynamo"])  # AdamW imports the latter
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +44,13 @@ def seeded():
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """40 documents of 200 to 2,000 words that follow each other by simple rules, prepared with the char tokenizer."""
-    folder = tmp_path_factory.mktemp("text")
-    generator = random.Random(0)
+    """40 documents of 200 to 2,000 words that follow each other by simple rules, as characters."""
+    folder, generator = tmp_path_factory.mktemp("text"), random.Random(0)
+    next_words = {"one": ["two", "three"], "two": ["three"], "three": ["one"]}
     for i in range(40):
         words = ["one"]
         for _ in range(generator.randint(200, 2000)):
-            words.append(generator.choice({"one": ["two", "three"], "two": ["three"], "three": ["one"]}[words[-1]]))
+            words.append(generator.choice(next_words[words[-1]]))
         (folder / f"{i}.txt").write_text(" ".join(words))
     return str(data.prepare.prepare(str(folder), "char", folder.parent / "tiny_char"))
 
@@ -70,10 +68,11 @@ def resumed(out_dir, *flags):
 
 
 def continued(start, dataset, out_dir, *flags):
-    """Train five steps from the weights of another run, whose checkpoint gives the flags of the network -> ckpt.pt."""
+    """Train five steps from the weights of another run, with the network's flags from there -> its
+    ckpt.pt."""
     run_flags = TINY_FLAGS[TINY_FLAGS.index("--batch_size"):]
-    train.main([*run_flags, "--dataset", dataset, "--out_dir", str(out_dir), "--init_from", str(start), "--max_iters",
-                "5", *flags])
+    train.main([*run_flags, "--dataset", dataset, "--out_dir", str(out_dir),
+                "--init_from", str(start), "--max_iters", "5", *flags])
     return load_checkpoint(Path(out_dir) / "ckpt.pt")
 
 
@@ -82,12 +81,23 @@ def log(out_dir):
 
 
 def log_without_seconds(out_dir):
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in log(out_dir)]
+    return [{name: value for name, value in line.items() if name != "seconds"}
+            for line in log(out_dir)]
 
 
 def assert_same_weights(a, b):
     assert a["model"].keys() == b["model"].keys()
     assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same run: latest and best weights, log, and no other files."""
+    for name in ("ckpt.pt", "best.pt"):
+        ours, theirs = load_checkpoint(Path(a) / name), load_checkpoint(Path(b) / name)
+        assert_same_weights(ours, theirs)
+        assert ours["iter"] == theirs["iter"] and ours["best_val_loss"] == theirs["best_val_loss"]
+    assert log_without_seconds(a) == log_without_seconds(b)
+    assert {path.name for path in Path(a).iterdir()} == {path.name for path in Path(b).iterdir()}
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +112,8 @@ def finished_run(dataset, tmp_path_factory):
 
 
 def tiny(pe, **changes):
-    """A small untrained model in evaluation mode, its weights large enough for attention to be far from uniform."""
+    """A small untrained model, ready to evaluate. Its weights are large: attention is far from
+    uniform."""
     torch.manual_seed(0)
     config = dict(block_size=32, vocab_size=50, n_layer=2, n_head=2, n_embd=32, pe=pe)
     model = GPT(GPTConfig(**{**config, **changes})).eval()
@@ -110,8 +121,8 @@ def tiny(pe, **changes):
         for block in model.transformer.h:
             block.attn.c_attn.weight.mul_(10)
         for encoding in dict.fromkeys(model.encodings.values()):
-            for parameter in encoding.parameters():
-                parameter.add_(torch.rand_like(parameter))  # what an encoding learns, away from where it starts
+            for parameter in encoding.parameters():  # away from where they start
+                parameter.add_(torch.rand_like(parameter))
     return model
 
 
@@ -121,25 +132,29 @@ def all_logits(model, idx):
 
 
 def constant_checkpoint(probabilities, block_size=8, tokenizer=None):
-    """A checkpoint whose model predicts the same probabilities for the characters a, b, ... everywhere.
+    """A checkpoint whose model predicts the same probabilities for the characters a, b, ...
+    everywhere.
 
-    The last norm gives (1, 0, 0, 0) whatever it reads, and the first column of the embedding is ln p.
-    """
+    The last norm gives (1, 0, 0, 0) whatever it reads, and the first column of the embedding is
+    ln p."""
     logits = torch.tensor(probabilities).log()  # (V,)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=len(logits), n_layer=1, n_head=1, n_embd=4, pe="nope"))
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=len(logits), n_layer=1, n_head=1,
+                          n_embd=4, pe="nope"))
     with torch.no_grad():
         model.lm_head.weight[:, 0] = logits
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(torch.eye(4)[0])
     tokenizer = tokenizer or CharTokenizer("ab")
     assert tokenizer.vocab_size == len(logits)
-    return {"config": asdict(model.config), "model": model.state_dict(), "tokenizer": tokenizer.to_dict(), "iter": 5,
+    return {"config": asdict(model.config), "model": model.state_dict(),
+            "tokenizer": tokenizer.to_dict(), "iter": 5, "best_val_loss": 1.0, "seconds": 0.0,
             "args": {"seed": 1}, "dataset": {"path": "none", "sha256": "0"}}
 
 
 def byte_tokenizer():
     """A tokenizer of the 256 bytes, so that a Japanese character is three tokens."""
-    return BPETokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(256)))
+    return BPETokenizer("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n"
+                                for i in range(256)))
 
 
 class Harmful:
@@ -152,22 +167,13 @@ class Harmful:
         return os.mkdir, (str(self.path),)
 
 
-def damaged(saved):
-    """A nested dict -> yield (keys, copy), in which the value at these keys is absent or of another type."""
-    for name, value in saved.items():
-        yield (name,), {key: kept for key, kept in saved.items() if key != name}
-        yield from (((name,), {**saved, name: other}) for other in (None, 5, "text", [], {})
-                    if not isinstance(other, type(value)))
-        if isinstance(value, dict):
-            yield from (((name, *keys), {**saved, name: copy}) for keys, copy in damaged(value))
-
-
-# --- ways to call, watch and interrupt
+# --- ways to call and interrupt
 
 
 @pytest.fixture
 def fails(monkeypatch, capsys):
-    """fails(script, arguments) calls a script's main as the command line does; -> exit code, the lines on stderr."""
+    """fails(script, arguments) calls a script's main as the command line does; -> exit code, the
+    lines on stderr."""
     def call(script, arguments):
         monkeypatch.setattr("sys.argv", [script.__file__, *arguments])
         capsys.readouterr()
@@ -178,21 +184,9 @@ def fails(monkeypatch, capsys):
 
 
 @pytest.fixture
-def written(monkeypatch):
-    """A list of the checkpoints that train.py writes: (name of the file, step, validation loss if it holds one)."""
-    save, files = train.save_checkpoint, []
-
-    def watched(path, checkpoint):
-        files.append((path.name, checkpoint["iter"], checkpoint.get("val_loss")))
-        save(path, checkpoint)
-
-    monkeypatch.setattr(train, "save_checkpoint", watched)
-    return files
-
-
-@pytest.fixture
 def at_batch(monkeypatch):
-    """at_batch(index, act): act() is called when the training draws that batch first, in the middle of a step."""
+    """at_batch(index, act): act() is called when the training draws that batch first, in the middle
+    of a step."""
     def at(index, act):
         draw, acts = train.training_batch, [act]
 
@@ -203,6 +197,30 @@ def at_batch(monkeypatch):
 
         monkeypatch.setattr(train, "training_batch", watched)
     return at
+
+
+def closed_pipe():
+    """A stdout that nobody reads any more: every line fails."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- until the files that use them are changed
+
+
+def damaged(saved):
+    """A nested dict -> yield (keys, copy), in which the value at these keys is absent or of another type."""
+    for name, value in saved.items():
+        yield (name,), {key: kept for key, kept in saved.items() if key != name}
+        yield from (((name,), {**saved, name: other}) for other in (None, 5, "text", [], {})
+                    if not isinstance(other, type(value)))
+        if isinstance(value, dict):
+            yield from (((name, *keys), {**saved, name: copy}) for keys, copy in damaged(value))
 
 
 def unwritable(kind):
@@ -216,5 +234,3 @@ def unwritable(kind):
     return open("/dev/full", "w", buffering=1) if kind == "full" else os.fdopen(writer, "w", buffering=1)
 
 
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
