@@ -1,5 +1,5 @@
 """
-Groups of runs that differ in their seed alone: which runs belong together, what they are called, means over seeds.
+Tables of runs: names of networks, runs that differ in their seed alone, means over seeds.
 
 In flags and tables an arrangement names the layers of a network in one word:
 
@@ -8,21 +8,22 @@ In flags and tables an arrangement names the layers of a network in one word:
     nope+rope:SSSL:16  no encoding in the full layers (L), RoPE in the short-window layers (S)
     nope+rope:SSSL:0   the same without windows
 
-Settings: a dict of the flags on which a run's result depends, fields of GPTConfig and of train.TrainConfig.
+Scores are one pandas.DataFrame with a row per run and range of positions. Its columns are the run's
+flags, "run" (its index), "name" (that of its group), what was measured for the run (val_loss,
+minutes) and for the range (start, end, nll, ppl, ppl_local, ...).
 """
-import csv
-import io
 import json
-import math
 import re
-import statistics
 from dataclasses import fields
+from pathlib import Path
 
-from common import flags, report
-from common.checkpoint import replacing
+import numpy as np
+import pandas as pd
+
+from common.flags import without_effect
 from model import PE, GPTConfig
 
-# --- Arrangements -----------------------------------------------------------------------------------------------------
+# --- Names ----------------------------------------------------------------------------------------
 
 
 def fields_of(text):
@@ -30,14 +31,14 @@ def fields_of(text):
 
     Raises ValueError."""
     found = re.fullmatch(r"(\w+)(?:(?:\+(\w+))?:([SL]+):(\d+))?", text)
-    if not found:
-        raise ValueError(f"--pe {text} is not an arrangement of layers: write PE, PE:PATTERN:WINDOW or "
-                         "PE+LOCAL_PE:PATTERN:WINDOW, such as nope+rope:SSSL:16")
+    if not found or {found[1], found[2] or "nope"} - set(PE):
+        raise ValueError(f"--pe {text} is not an arrangement of layers: write PE, "
+                         "PE:PATTERN:WINDOW or PE+LOCAL_PE:PATTERN:WINDOW, such as "
+                         f"nope+rope:SSSL:16, with the encodings {', '.join(PE)}")
     pe, local_pe, pattern, window = found.groups()
-    for name in (pe, local_pe):
-        if name and name not in PE:
-            raise ValueError(f"--pe {text}: there is no encoding {name}, choose from {', '.join(PE)}")
-    return {"pe": pe} | ({"local_pe": local_pe, "window_pattern": pattern, "window": int(window)} if pattern else {})
+    if not pattern:
+        return {"pe": pe}
+    return {"pe": pe, "local_pe": local_pe, "window_pattern": pattern, "window": int(window)}
 
 
 def name_of(config):
@@ -48,220 +49,119 @@ def name_of(config):
     return f"{config.pe}{local}:{config.window_pattern}:{config.window}"
 
 
-IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "alibi": "ALiBi", "t5": "T5",
-            "kerple": "KERPLE", "fire": "FIRE"}
+IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "alibi": "ALiBi",
+            "t5": "T5", "kerple": "KERPLE", "fire": "FIRE"}
 
 
 def in_words(name):
-    """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn; nope+rope:SSSL:16 -> NoPE in
-    full layers, windows."""
+    """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn;
+    nope+rope:SSSL:16 -> NoPE in full layers, windows."""
     arrangement, *rest = name.split(maxsplit=1)
     pe, *windows = arrangement.split(":")
     full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
-    layers = f"{full} in full layers, windows" if local else f"{full}, windows" if windows else full
-    return ", ".join([layers, *rest])
+    return ", ".join([f"{full} in full layers" if local else full, *["windows"] * bool(windows),
+                      *rest])
 
 
-# --- Which runs belong together ---------------------------------------------------------------------------------------
+# --- Settings: {flag: value} ----------------------------------------------------------------------
 
 # Where a run computes and what it saves, but not what it computes.
-NO_SETTING = ("out_dir", "resume", "vocab_size", "device", "compile", "log_interval", "save_interval", "save_minutes",
-              "keep_every")
-IN_THE_NAME = ("pe", "local_pe", "window_pattern", "window")  # of an arrangement, see name_of
-DERIVED = ("min_lr", "lr_decay_iters")  # follow from another flag, unless they are given
+NO_SETTING = ("out_dir", "resume", "device", "compile", "log_interval", "save_interval",
+              "save_minutes", "keep_every")
+# Those and what name_of says are not added to the name of a group.
+NOT_IN_NAMES = (*NO_SETTING, "pe", "local_pe", "window_pattern", "window", "seed")
+SCALING_FLAGS = ("rope_scaling", "rope_factor", "attn_scaling")  # set by the evaluation
+FOLLOWS = {"learning_rate": "min_lr", "max_iters": "lr_decay_iters"}  # unless they are given
 
 
 def network_of(settings):
     return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)
-                        if settings.get(field.name) not in (None, "auto")})  # of rope_factor
+                        if settings[field.name] not in (None, "auto")})  # auto: of rope_factor
 
 
-def without_effect(settings):
-    """The names of those settings of a run that change nothing."""
-    return flags.idle(network_of(settings), settings.get("optimizer"))
+def settings_of(run):
+    """A scored run -> the flags on which its scores depend; None for one without effect."""
+    settings = run["args"] | run["config"] | {name: run[name] for name in SCALING_FLAGS}
+    idle = without_effect(network_of(settings))
+    return {name: None if name in idle else value for name, value in settings.items()
+            if name not in NO_SETTING}
 
 
-def run_settings(args, config):
-    """The flags of a run and its network, as dicts -> its settings."""
-    return {name: value for name, value in args.items() if name not in NO_SETTING} | config
+def with_flag(name, flag, value):
+    """A name and a flag by which runs differ -> a longer name. Scalings are named as
+    eval_extrapolation.py does."""
+    if value is None or (flag in SCALING_FLAGS and value == "none"):
+        return name
+    text = f"{value:.10g}" if isinstance(value, float) else str(value)
+    return f"{name} {text}" if flag in ("rope_scaling", "attn_scaling") else f"{name} {flag} {text}"
 
 
-def group_key(settings):
-    """What the runs of a group have in common, as text."""
-    idle = without_effect(settings)
-    return json.dumps({name: value for name, value in settings.items() if name != "seed" and name not in idle},
-                      sort_keys=True)
+def group_names(settings):
+    """Settings of runs -> a name for each, of its layers and of flags by which the runs differ.
 
-
-def group_names(groups):
-    """Settings of groups that all differ -> texts that tell them apart: the layers, and the flags that differ."""
-    names = [name_of(network_of(group)) for group in groups]
-    groups = [{name: value for name, value in group.items() if name not in without_effect(group)} for group in groups]
-    every = dict.fromkeys(name for group in groups for name in group if name not in (*IN_THE_NAME, "seed"))
-    for flag in sorted(every, key=lambda flag: flag in DERIVED):
-        longer = [with_flag(name, flag, group[flag]) if flag in group else name for name, group in zip(names, groups)]
-        if len(set(longer)) > len(set(names)):
+    Those that differ in their seed alone have the same name."""
+    names = [name_of(network_of(its)) for its in settings]
+    every = dict.fromkeys(flag for its in settings for flag in its)
+    for flag in sorted(every, key=lambda flag: flag in FOLLOWS.values()):
+        longer = [with_flag(name, flag, its.get(flag)) for name, its in zip(names, settings)]
+        if flag not in NOT_IN_NAMES and len(set(longer)) > len(set(names)):
             names = longer
     return names
 
 
-def with_flag(name, flag, value):
-    """A name and a flag by which runs differ -> a longer name. Scalings are named as eval_extrapolation.py does."""
-    if flag in ("rope_scaling", "attn_scaling"):
-        return name if value == "none" else f"{name} {value}"
-    return f"{name} {flag} " + (f"{value:.10g}" if isinstance(value, float) else str(value))
+# --- Scores ---------------------------------------------------------------------------------------
 
 
-def members_by_group(runs, settings):
-    """Runs and the settings of each -> [(name, [(run, settings), ...])], a group of runs that differ in their seed
-    alone each."""
-    members = {}
-    for run, its in zip(runs, settings):
-        members.setdefault(group_key(its), []).append((run, its))
-    return list(zip(group_names([group[0][1] for group in members.values()]), members.values()))
+def read_runs(paths):
+    """JSON files -> all runs in them. Raises ValueError if one holds no scored runs."""
+    runs = []
+    for path in paths:
+        found = json.loads(Path(path).read_text(encoding="utf-8")).get("runs")
+        if not found or "buckets" not in found[0]:
+            raise ValueError(f"{path} holds no scores: name a file that eval_extrapolation.py "
+                             "--json or a sweep has written")
+        runs += found
+    return runs
 
 
-def seeds_of(runs):
-    """The seeds of a group's runs. Raises ValueError if two are the same."""
-    seeds = [run["seed"] for run in runs]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(", ".join(run["name"] for run in runs) + " have the same flags, and two of them the same "
-                         "seed: leave one out")
-    return seeds
+def scores_of(runs):
+    """Runs, as the JSON of eval_extrapolation.py holds them -> the table of their scores.
+
+    nll_above_first is the difference from the first group, paired by seed, and nan for a seed that
+    is not there; nll_above_local that of the full context from at most the last L tokens.
+    Raises ValueError if they were not scored on the same tokens, or if two are the same run."""
+    if len({(run["dataset_sha256"], run["windows"], *(bucket["end"] for bucket in run["buckets"]))
+            for run in runs}) > 1:
+        raise ValueError("the runs were scored on different texts, or with another --windows, "
+                         "--max_factor or --block_size: score them in one command")
+    settings = [settings_of(run) for run in runs]
+    scores = pd.DataFrame([
+        its | {"name": name, "run": i, "val_loss": run.get("val_loss"),
+               "minutes": run.get("minutes")} | bucket
+        for i, (run, its, name) in enumerate(zip(runs, settings, group_names(settings)))
+        for bucket in run["buckets"]])
+    if (twice := scores.duplicated(["name", "seed", "start"])).any():
+        name, seed = scores.loc[twice, ["name", "seed"]].iloc[0]
+        raise ValueError(f"two runs of {name} have the same flags and seed {seed}: leave one out")
+    scores["nll_above_local"] = scores["nll"] - np.log(scores["ppl_local"])
+    first = scores.loc[scores["name"] == scores["name"][0], ["seed", "start", "nll"]]
+    paired = scores.merge(first, "left", ["seed", "start"], suffixes=("", "_first"))
+    scores["nll_above_first"] = paired["nll"] - paired["nll_first"]
+    return scores
 
 
-# --- Means over seeds -------------------------------------------------------------------------------------------------
+def over_seeds(scores, by, errors):
+    """Scores -> a table with a row per group of rows that agree in the columns `by`.
+
+    errors: {column: "std" or "stderr"}; each gets the column's mean, and column_std or
+    column_stderr, its standard deviation or standard error (nan for a single value)."""
+    groups = scores.groupby(by, sort=False, dropna=False)
+    means = groups[list(errors)].mean()
+    for column, error in errors.items():
+        means[f"{column}_{error}"] = groups[column].agg("sem" if error == "stderr" else "std")
+    return means
 
 
-def over_seeds(key, values, error="std"):
-    """The values of a group's runs -> {key: mean, key_std: standard deviation}, or with the standard error, key_stderr.
-
-    The error is None for a single value; both are None if there is no value, or if a run has none."""
-    if not values or None in values:
-        return {key: None, f"{key}_{error}": None}
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    if spread is not None and error == "stderr":
-        spread /= math.sqrt(len(values))
-    return {key: statistics.fmean(values), f"{key}_{error}": spread}
-
-
-def mean_rows(parts):
-    """The same rows of several runs, in lists and dicts -> their mean: a number with a standard error gets that over
-    seeds. What is single stays as it is, and so does None."""
-    first = parts[0]
-    if len(parts) == 1 or first is None:
-        return first
-    if isinstance(first, list):
-        return [mean_rows(same) for same in zip(*parts)]
-    if isinstance(first, dict):
-        mean = {key: mean_rows([part[key] for part in parts]) for key in first}
-        for key in first:
-            if f"{key}_stderr" in first:
-                mean |= over_seeds(key, [part[key] for part in parts], "stderr")
-        return mean
-    return first
-
-
-def group_by_seed(runs):
-    """Runs, as the JSON of eval_extrapolation.py holds them -> groups of runs that differ in their seed alone.
-
-    A group has the keys of a run, without "seed" but with "seeds", and its buckets those of a run's, as means with the
-    standard deviation over seeds (ppl_std) or, for differences, the standard error (nll_above_first_stderr, from the
-    first group, paired by seed; nll_above_local_stderr, full context from cropped). A run that was scored with several
-    scalings belongs to as many groups. Raises ValueError if two runs of a group have the same seed, or if the runs were
-    not scored on the same tokens."""
-    scored = {(run.get("dataset_sha256"), run["windows"], *(bucket["end"] for bucket in run["buckets"]))
-              for run in runs}
-    if len(scored) > 1:
-        raise ValueError("the runs were scored on different texts, or with another --windows or --max_factor: score "
-                         "them in one command")
-    scalings = ("rope_scaling", "rope_factor", "attn_scaling")
-    settings = [run_settings(run.get("args", {}), run["config"] | {name: run[name] for name in scalings})
-                for run in runs]
-    members = members_by_group(runs, settings)
-    first = [run for run, _ in members[0][1]]
-    return [mean_run(name, [run for run, _ in group], group[0][1], first) for name, group in members]
-
-
-def mean_run(name, runs, settings, first):
-    """The runs of a group, the settings of one, the runs of the first group -> the group."""
-    return {"name": name, "pe": runs[0]["pe"], "block_size": runs[0]["block_size"], "seeds": seeds_of(runs),
-            **over_seeds("val_loss", [run.get("val_loss") for run in runs]), "parameters": runs[0].get("parameters"),
-            **over_seeds("minutes", [run.get("minutes") for run in runs]),
-            "args": {key: value for key, value in settings.items() if key != "seed"},
-            "buckets": [mean_bucket(runs, first, i) for i in range(len(runs[0]["buckets"]))],
-            **({"recall": mean_recall(runs)} if "recall" in runs[0] else {})}
-
-
-def mean_bucket(runs, first, i):
-    """Bucket i of the runs of a group and of those of the first group -> the group's bucket."""
-    rows, firsts = ({run["seed"]: run["buckets"][i] for run in group} for group in (runs, first))
-    row = next(iter(rows.values()))
-    bucket = {"start": row["start"], "end": row["end"]}
-    for key in ("nll", "ppl", "ppl_local", "bits_per_character"):
-        bucket |= over_seeds(key, [row[key] for row in rows.values()])
-    above_first, above_local = [], []
-    if bucket["nll"] is not None:
-        above_first = [row["nll"] - firsts[seed]["nll"] for seed, row in rows.items()
-                       if seed in firsts and firsts[seed]["nll"] is not None]
-        above_local = [row["nll"] - math.log(row["ppl_local"]) for row in rows.values()]
-    return {**bucket, **over_seeds("nll_above_first", above_first, "stderr"),
-            **over_seeds("nll_above_local", above_local, "stderr")}
-
-
-def mean_recall(runs):
-    """-> for each distance the loss that the first reading of a passage saves on the second."""
-    return [{"distance": rows[0]["distance"], **over_seeds("gain", [row["gain"] for row in rows])}
-            for rows in zip(*(run["recall"] for run in runs)) if None not in rows]
-
-
-# --- Tables -----------------------------------------------------------------------------------------------------------
-
-TABLES = (  # key of a bucket, its error, digits, title
-    ("ppl", "std", 2, "perplexity by position, ± standard deviation over seeds"),
-    ("nll_above_local", "stderr", 3, "loss with the full context minus loss with the last L tokens, in nats per token, "
-     "± standard error over seeds; negative: far tokens help"),
-    ("ppl_local", "std", 2, "perplexity of the same tokens from at most L tokens of context"),
-    ("nll_above_first", "stderr", 3, "loss minus that of {first}, in nats per token, paired by seed, ± standard error "
-     "over seeds"))
-
-
-def cell(row, key, digits, error="std"):
-    return report.format_cell(row[key], row[f"{key}_{error}"], digits)
-
-
-def print_groups(groups, all_tables=False):
-    """Tables of the groups: two by position, or all four."""
-    rows = {group["name"]: [cell(group, "val_loss", 4), " ".join(map(str, group["seeds"])),
-                            f"{group['parameters']:,}" if group["parameters"] else "-", cell(group, "minutes", 1)]
-            for group in groups}
-    report.print_table("lowest validation loss, ± standard deviation over seeds",
-                       ["loss", "seeds", "parameters", "minutes"], rows)
-    columns = [f"[{bucket['start']:,}, {bucket['end']:,})" for bucket in groups[0]["buckets"]]
-    for key, error, digits, title in TABLES if all_tables else TABLES[:2]:
-        report.print_table(title.format(first=groups[0]["name"]), columns, {
-            group["name"]: [cell(bucket, key, digits, error) for bucket in group["buckets"]] for group in groups})
-    if all(group.get("recall") for group in groups):
-        report.print_table("nats per token saved by having read the passage before, by distance, ± standard deviation",
-                           [f"{row['distance']:,}" for row in groups[0]["recall"]],
-                           {group["name"]: [cell(row, "gain", 3) for row in group["recall"]] for group in groups})
-
-
-def write_csv(groups, path):
-    """One row per group: its flags, and a column for each number."""
-    rows = []
-    for group in groups:
-        row = {key: value for key, value in group.items() if key not in ("args", "buckets", "recall")}
-        row |= {"seeds": " ".join(map(str, group["seeds"])), **group["args"]}
-        for bucket in group["buckets"]:
-            at = f"[{bucket['start']},{bucket['end']})"
-            row |= {f"{key} {at}": value for key, value in bucket.items() if key not in ("start", "end")}
-        for found in group.get("recall", ()):
-            row |= {f"{key} at {found['distance']}": found[key] for key in ("gain", "gain_std")}
-        rows.append(row)
-    with replacing(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-        text.detach()
+def without_nan(table):
+    """A DataFrame or Series -> the same with None for nan, for JSON."""
+    return table.astype(object).where(table.notna(), None)

@@ -1,30 +1,30 @@
 """
 Train a model for each combination of flags, score all of them, and average over seeds:
 
-    python -m experiments.sweep @config/cpu_demo --pe rope hope alibi --hope_cutoff 1 2 --seed 1 2 3 --out_dir out/sweep
+    python -m experiments.sweep @config/cpu_demo --pe rope hope alibi --hope_cutoff 1 2 \\
+        --seed 1 2 3 --out_dir out/sweep
+    python -m experiments.sweep --json_in FILE...    average what eval_extrapolation.py wrote
 
-Every flag of train.py can have several values. A flag without effect, as --hope_cutoff with rope, does not multiply the
-runs. --pe also takes arrangements of layers such as nope+rope:SSSL:16 (experiments/groups.py).
+Every flag of train.py can have several values. A flag that an encoding does not use, as hope_cutoff
+with rope, does not multiply the runs. --pe also takes arrangements of layers such as
+nope+rope:SSSL:16 (experiments/groups.py).
 
-Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or killed, give the
-same command again: finished runs are kept and the others continue. A run's folder is named by its layers, its seed and
-the flags that are not in the @config file. So more values, more seeds or another sweep only add runs to OUT_DIR.
+Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or
+killed, give the same command again: complete runs are kept and the others continue. A run's folder
+is named by its layers, its seed and the flags that do not come from an @file. So more values, more
+seeds or another sweep only add runs to OUT_DIR.
 
-Runs that differ in their seed alone form a group. Tables, sweep.json, sweep.csv and sweep.png in OUT_DIR have one line
-per group: means and standard deviations over seeds, and differences from the first group, paired by seed, with their
-standard errors. The JSON holds every run as well.
-
-    python -m experiments.sweep --json_in FILE...       the same for runs that eval_extrapolation.py --json has scored
+Runs that differ in their seed alone form a group. OUT_DIR gets sweep.json with groups and runs,
+sweep.csv with a row per group and range of positions, and sweep.png: means and standard deviations
+over seeds, and differences from the first group, paired by seed, with their standard errors.
 """
-import importlib.util
 import itertools
-import json
 import os
 import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -33,307 +33,217 @@ from tqdm import tqdm
 import eval_extrapolation
 import train
 from common import flags, report
-from common.checkpoint import load_checkpoint, lock
-from common.device import Device, stop_signals
-from experiments import recall
-from experiments.groups import (
-    IN_THE_NAME,
-    NO_SETTING,
-    fields_of,
-    group_by_seed,
-    group_key,
-    group_names,
-    in_words,
-    name_of,
-    network_of,
-    print_groups,
-    with_flag,
-    without_effect,
-    write_csv,
-)
+from common.checkpoint import load_checkpoint
+from common.device import stop_signals
+from experiments import groups
 
-# --- Which runs there are ---------------------------------------------------------------------------------------------
+# --- Which runs there are -------------------------------------------------------------------------
 
 
-def given_flags(argv):
-    """["--pe", "rope", "hope", "--no-bias"] -> {"pe": ["rope", "hope"], "bias": ["False"]}. The last one counts."""
+def values_by_flag(words):
+    """["--pe", "rope", "hope", "--no-bias"] -> {"pe": ["rope", "hope"], "no-bias": []}."""
     given = {}
-    for word in argv:
+    for word in words:
         if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            off = name.startswith("no-")
-            values = given[name.removeprefix("no-")] = ["False"] if off else [value] if value else []
-        elif not given:
-            raise ValueError(f"{word!r} does not belong to a flag: write --NAME VALUE ...")
-        else:
+            values = given[word[2:]] = []
+        elif given:
             values.append(word)
+        else:
+            raise ValueError(f"{word!r} does not belong to a flag: write --NAME VALUE ...")
     return given
 
 
-def as_argv(chosen):
-    """{"pe": "rope", "bias": None} -> ["--pe", "rope", "--bias"]."""
-    return [word for name, value in chosen.items() for word in (f"--{name}", value) if word is not None]
-
-
-def settings_of(network, config):
-    """GPTConfig and TrainConfig, as objects -> all that a run's result depends on, as a dict."""
-    return {name: value for name, value in {**asdict(network), **asdict(config)}.items() if name not in NO_SETTING}
-
-
-def combinations(given, out_dir, config=()):
-    """Flags with several values -> [(argv, settings, name)], one for each run: flags of train.py, and what they mean.
-
-    The name says the layers and the flags that are not in config, those of an @config file. Raises ValueError, or exits
-    as train.py does, if train.py would refuse a run."""
-    found = {}
+def combinations(given):
+    """{flag: its values} -> yield {flag: value}, in which an arrangement is the flags that it sets.
+    The value of a switch is None."""
     for values in itertools.product(*(values or [None] for values in given.values())):
         chosen = dict(zip(given, values))
-        arrangement = fields_of(chosen["pe"]) if chosen.get("pe") else {}
-        if len(arrangement) > 1:  # it sets all of them
-            chosen = {name: value for name, value in chosen.items() if name not in IN_THE_NAME}
-        chosen |= {name: str(value) for name, value in arrangement.items() if value is not None}
-        settings = settings_of(*train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])[:2])
-        chosen = {name: value for name, value in chosen.items() if name not in without_effect(settings)}
-        settings = settings_of(*train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])[:2])
-        name = name_of(network_of(settings))
-        for flag, value in chosen.items():
-            new = flag not in config or (config[flag] or [None]) != [value]
-            if new and flag in settings and flag not in (*IN_THE_NAME, "seed"):
-                name = with_flag(name, flag, settings[flag])
-        found.setdefault(json.dumps(settings), (as_argv(chosen), settings, name))
-    return list(found.values())
+        layers = groups.fields_of(chosen["pe"]) if "pe" in chosen else {}
+        yield chosen | {flag: str(value) for flag, value in layers.items() if value is not None}
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+def as_argv(chosen):
+    """{"pe": "rope", "no-bias": None} -> ["--pe", "rope", "--no-bias"]."""
+    return [word for flag, value in chosen.items()
+            for word in (f"--{flag}", value) if word is not None]
 
 
-@dataclass
-class Job:
-    """One run of train.py."""
+def make_jobs(given, in_names, out_dir):
+    """{flag: its values}, and the flags that folders are named by -> {folder: flags of train.py}.
 
-    argv: list
-    settings: dict
-    group: str  # the name of its group, by what differs within the sweep
-    folder: Path
-    process: subprocess.Popen | None = None
-    steps: int = 0  # done
-    failure: str | None = None  # what train.py said
-
-    def __str__(self):
-        return f"{self.group}, seed {self.settings['seed']}"
-
-    def is_finished(self):
-        return self.steps >= self.settings["max_iters"]
-
-    def is_locked(self):
-        """Whether another process trains there: a sweep that was killed leaves its runs running."""
-        try:
-            with lock(self.folder, wait=False):
-                return False
-        except (BlockingIOError, FileNotFoundError) as error:
-            return isinstance(error, BlockingIOError)
-
-    def start(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        resume = (self.folder / "ckpt.pt").exists()
-        if not resume:  # killed before its first checkpoint, it may have left this
-            (self.folder / "best.pt").unlink(missing_ok=True)
-        command = [sys.executable, str(flags.PROJECT / "train.py"), *self.argv, "--out_dir", str(self.folder)]
-        with open(self.folder / "train.txt", "a", encoding="utf-8") as output:
-            # One thread, so that the result does not depend on --jobs. Its own session: Ctrl-C reaches the sweep alone.
-            self.process = subprocess.Popen(
-                [*command, *["--resume"] * resume], stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "TQDM_MININTERVAL": "30"})
-
-    def last_logged(self):
-        """The last line of the log, {} if there is none yet or if it is being written."""
-        try:
-            return json.loads((self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        except (OSError, ValueError, IndexError):
-            return {}
-
-    def follow(self):
-        """Read the steps done from the log -> whether the process has ended. Raises ValueError if it was refused."""
-        ended = self.process.poll() is not None
-        self.steps = max(self.steps, self.last_logged().get("iter", 0))
-        if ended and self.process.returncode:
-            lines = (self.folder / "train.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-            self.failure = lines[-1] if self.process.returncode > 0 else f"killed by signal {-self.process.returncode}"
-            if self.process.returncode == 2:
-                raise ValueError(f"{self}: {self.failure}")
-        return ended
-
-
-def make_jobs(given, out_dir, config=()):
-    """Flags with several values, and those of an @config file -> the Jobs. A run that out_dir holds already is found by
-    its settings, whatever its folder is called.
-
-    Raises ValueError if a folder holds another run."""
-    runs = combinations(given, out_dir, config)
-    groups = {group_key(settings): settings for _, settings, _ in runs}
-    names = dict(zip(groups, group_names(groups.values())))
-    there, jobs = {}, []  # settings, as text -> folder, steps done
-    for path in sorted(out_dir.glob("*/ckpt.pt")):
-        checkpoint = load_checkpoint(path)
-        settings = {name: value for name, value in checkpoint["args"].items() if name not in NO_SETTING}
-        there[json.dumps(settings, sort_keys=True)] = path.parent, checkpoint["iter"]
-    taken = {folder for folder, _ in there.values()}
-    for argv, settings, name in runs:
-        job, key = Job(argv, settings, names[group_key(settings)], None), json.dumps(settings, sort_keys=True)
-        job.folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {settings['seed']}")
-        if key in there:
-            job.folder, job.steps = there[key]
-        elif job.folder in taken:
-            raise ValueError(f"{job.folder} holds a run with other flags: choose another --out_dir")
-        taken.add(job.folder)
-        jobs.append(job)
+    Raises ValueError, or exits as train.py does, if train.py would refuse a run."""
+    jobs = {}
+    for chosen in combinations(given):
+        network, _, _ = train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])
+        idle = flags.without_effect(network)
+        chosen = {flag: value for flag, value in chosen.items() if flag not in idle}
+        network, config, _ = train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])
+        settings, name = asdict(network) | asdict(config), groups.name_of(network)
+        for flag in chosen:
+            if flag in in_names and flag.removeprefix("no-") not in groups.NOT_IN_NAMES:
+                name = groups.with_flag(name, flag, settings.get(flag, ""))
+        folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {config.seed}")
+        jobs[folder] = as_argv(chosen)
+        stored = load_checkpoint(folder / "ckpt.pt")["args"] if is_started(folder) else settings
+        if any(stored[flag] != value for flag, value in settings.items()
+               if flag not in (*groups.NO_SETTING, "vocab_size")):
+            raise ValueError(f"{folder} holds a run with other flags: choose another --out_dir")
     return jobs
 
 
+# --- Training and scoring -------------------------------------------------------------------------
+
+
+def is_started(folder):
+    return (folder / "ckpt.pt").exists()
+
+
+def is_complete(folder):
+    if not is_started(folder):
+        return False
+    checkpoint = load_checkpoint(folder / "ckpt.pt")
+    return checkpoint["iter"] >= checkpoint["args"]["max_iters"]
+
+
+def start(folder, argv):
+    """-> the process that trains a run, or continues it. Its output goes to train.txt."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, train.__file__, *argv, "--out_dir", str(folder)]
+    command += ["--resume"] if is_started(folder) else []
+    with open(folder / "train.txt", "a", encoding="utf-8") as output:
+        # One thread, so that the result does not depend on --jobs.
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def train_all(jobs, at_a_time):
-    """Train what is not finished -> the number of the signal that stopped it, or None."""
-    waiting, running = [job for job in jobs if not job.is_finished()], []
-    print(f"runs: {len(jobs)}, groups: {len({job.group for job in jobs})}, finished: {len(jobs) - len(waiting)}, at a "
-          f"time: {at_a_time}")
-    with stop_signals() as signals, tqdm(total=sum(job.settings["max_iters"] for job in jobs), unit="step", smoothing=0,
-                                         initial=sum(job.steps for job in jobs), dynamic_ncols=True) as bar:
-        try:
-            while (waiting or running) and not signals:
-                free = (job for job in list(waiting) if not job.is_locked())
-                for job in itertools.islice(free, at_a_time - len(running)):
-                    job.start()
-                    waiting.remove(job)
-                    running.append(job)
-                time.sleep(0.2)
-                for job in list(running):
-                    if job.follow():
-                        running.remove(job)
-                        if job.failure:
-                            tqdm.write(f"{job} failed: {job.failure}; see {job.folder}/train.txt")
-                bar.set_postfix(runs=f"{sum(job.is_finished() for job in jobs)}/{len(jobs)}", refresh=False)
-                if new := sum(job.steps for job in jobs) - bar.n:
-                    bar.update(new)
-                elif sys.stderr.isatty():
-                    bar.refresh()  # the clock
-        finally:
-            for job in running:
-                job.process.terminate()  # train.py then saves
-            for job in running:
-                job.process.wait()
+    """Train the jobs that are not complete -> the number of the signal that stopped it, or None."""
+    waiting, running = [folder for folder in jobs if not is_complete(folder)], []
+    print(f"runs: {len(jobs)}, complete: {len(jobs) - len(waiting)}, at a time: {at_a_time}")
+    with stop_signals() as signals, tqdm(total=len(waiting), unit="run", mininterval=30) as bar:
+        while running or (waiting and not signals):
+            while waiting and len(running) < at_a_time and not signals:
+                folder = waiting.pop(0)
+                running.append(start(folder, jobs[folder]))
+            if signals:
+                for process in running:
+                    process.terminate()  # train.py then saves
+            time.sleep(0.2)
+            alive = [process for process in running if process.poll() is None]
+            bar.update(len(running) - len(alive))
+            running = alive
     return signals[0] if signals else None
 
 
-# --- Scoring ----------------------------------------------------------------------------------------------------------
+def train_and_score(args, given, in_names):
+    """-> the scored runs, and the folders of those that failed. Exits if a signal stops it."""
+    if len(given.get("dataset", ())) > 1:
+        raise ValueError("--dataset takes one value here: runs are compared on the same text")
+    given.pop("resume", None)  # a sweep always does
+    jobs = make_jobs(given, in_names, Path(args.out_dir))
+    if number := train_all(jobs, args.jobs):
+        print("stopped, everything is saved; give the same command again to continue")
+        sys.exit(128 + number)
+    complete = [str(folder) for folder in jobs if is_complete(folder)]
+    if not complete:
+        raise RuntimeError(f"no run is complete: see {next(iter(jobs))}/train.txt")
+    scores = f"{args.out_dir}/scores.json"
+    command = [sys.executable, eval_extrapolation.__file__, *complete, "--json", scores,
+               "--max_factor", str(args.max_factor), "--windows", str(args.windows)]
+    command += [f"--device={name}" for name in given.get("device", ())]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)
+    return groups.read_runs([scores]), [str(folder) for folder in jobs if not is_complete(folder)]
 
 
-def score(jobs, args, given):
-    """-> the runs as the JSON of eval_extrapolation.py holds them."""
-    folders, on = [str(job.folder) for job in jobs], ["--device", *given["device"]] if "device" in given else []
-    checkpoints, names = [load_checkpoint(folder) for folder in folders], [str(job) for job in jobs]
-    options = eval_extrapolation.make_parser().parse_args(
-        [*folders, *on, "--max_factor", str(args.max_factor), "--windows", str(args.windows)])
-    device = Device(options)
-    *text, text_sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
-    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
-    for run, job in zip(runs, jobs):  # best.pt is scored, and the log has the time of the whole run
-        run |= {"dataset_sha256": text_sha256, "minutes": job.last_logged().get("seconds", 60 * run["minutes"]) / 60}
-    if args.recall:
-        options = recall.make_parser().parse_args([*folders, *on, "--max_factor", str(args.max_factor)])
-        for run, found in zip(runs, recall.test_language_models(options, device)["runs"]):
-            run["recall"] = found["distances"]
-    return runs
+# --- Results --------------------------------------------------------------------------------------
+
+TOTALS = {"val_loss": "std", "minutes": "std"}  # column -> kind of its error
+RANGES = {"nll": "std", "ppl": "std", "ppl_local": "std", "bits_per_character": "std",
+          "nll_above_first": "stderr", "nll_above_local": "stderr"}
 
 
-def show(runs, args, **origin):
-    """Print the tables; write the files that args names."""
-    groups = group_by_seed(runs)
-    print_groups(groups, args.all_tables)
-    if args.json:
-        report.write_json(args.json, "-m experiments.sweep", {**origin, "groups": groups, "runs": runs})
-    if args.csv:
-        write_csv(groups, args.csv)
-    if args.plot:
-        eval_extrapolation.plot([{**group, "name": in_words(group["name"])} for group in groups], args.plot)
+def groups_of(runs, scores):
+    """Scored runs and their table -> the groups, as the JSON holds them: means over seeds."""
+    whole = scores[scores["start"] == 0]  # a row per run
+    totals = groups.over_seeds(whole, ["name"], TOTALS)
+    ranges = groups.over_seeds(scores, ["name", "start", "end"], RANGES)
+    found = []
+    for name, rows in whole.groupby("name", sort=False):
+        run = runs[rows["run"].iloc[0]]
+        settings = groups.settings_of(run)
+        del settings["seed"]
+        found.append({
+            "name": name, "pe": run["pe"], "block_size": run["block_size"],
+            "seeds": rows["seed"].tolist(), "parameters": run.get("parameters"),
+            **groups.without_nan(totals.loc[name]).to_dict(), "args": settings,
+            "buckets": groups.without_nan(ranges.loc[name].reset_index()).to_dict("records")})
+    return found
+
+
+def print_groups(found):
+    def cell(row, key, error, digits):
+        return report.format_cell(row[key], row[f"{key}_{error}"], digits)
+
+    report.print_table(
+        "means over seeds, ± standard deviation", ["lowest validation loss", "minutes", "seeds"],
+        {group["name"]: [cell(group, "val_loss", "std", 4), cell(group, "minutes", "std", 1),
+                         " ".join(map(str, group["seeds"]))] for group in found})
+    columns = [f"[{row['start']:,}, {row['end']:,})" for row in found[0]["buckets"]]
+    for key, error, digits, title in (
+            ("ppl", "std", 2, "perplexity by position, ± standard deviation"),
+            ("nll_above_local", "stderr", 3, "loss with the full context minus loss with the last "
+             "L tokens, in nats per token, ± standard error; negative: far tokens help")):
+        report.print_table(title, columns, {
+            group["name"]: [cell(row, key, error, digits) for row in group["buckets"]]
+            for group in found})
 
 
 def make_parser():
-    parser = flags.ArgumentParser("Train a model for each combination of flags, score all of them, and average over "
-                                  "seeds. All flags of train.py can be given, with one or several values each; --pe "
-                                  "also takes arrangements of layers such as nope+rope:SSSL:16.")
-    count, add = flags.parsed(int, at_least=1), parser.add_argument
-    add("--out_dir", default="out/sweep", help="folder for the runs, sweep.json, sweep.csv and sweep.png")
-    add("--jobs", type=count, default=1 if torch.cuda.is_available() else os.cpu_count() or 1,
-        help="runs at a time, each with one thread; on a CPU, as many as it has")
-    add("--json_in", nargs="+", metavar="FILE", help="train nothing: average over seeds what eval_extrapolation.py "
-        "--json wrote, or an earlier sweep")
-    add("--max_factor", type=flags.parsed(int, at_least=2), default=16, help="longest context that is scored, in "
-        "multiples of block_size")
-    add("--windows", type=count, default=32, help="windows to average over")
-    add("--recall", action="store_true", help="also measure whether the models use a passage that they have read "
-        "before (experiments.recall OUT_DIR)")
-    add("--all_tables", action="store_true", help="also print the perplexity with the last L tokens alone and "
-        "the differences from the first group; the files hold them in any case")
-    add("--csv", metavar="FILE", help="write the groups to this file; default: OUT_DIR/sweep.csv")
+    parser = flags.ArgumentParser(
+        "Train a model for each combination of flags, score all of them, and average over seeds. "
+        "All flags of train.py can be given, with one or several values each; --pe also takes "
+        "arrangements of layers such as nope+rope:SSSL:16.", fromfile_prefix_chars="@")
+    add = parser.add_argument
+    add("--out_dir", default="out/sweep", help="folder for the runs and the results")
+    add("--jobs", type=flags.positive, help="runs at a time, each with one thread",
+        default=1 if torch.cuda.is_available() else os.cpu_count())
+    add("--json_in", nargs="+", metavar="FILE", help="train nothing: average over seeds what "
+        "eval_extrapolation.py --json wrote, or an earlier sweep")
+    add("--max_factor", type=flags.positive, default=16,
+        help="longest context that is scored, in multiples of block_size")
+    add("--windows", type=flags.positive, default=32, help="windows to average over")
     report.add_output_flags(parser, "perplexity by position")
     return parser
 
 
-def read_runs(paths):
-    """JSON files -> all runs in them. Raises ValueError if one holds no scored runs."""
-    return [run for path in paths for run in report.read_json(
-        path, "runs", ("buckets", "config"), "eval_extrapolation.py --json or by a sweep")["runs"]]
-
-
-def checked_flags(rest):
-    """Flags of train.py with several values -> {name: values}. Raises ValueError if a sweep cannot vary one."""
-    given = given_flags(rest)
-    if "resume" in given:
-        raise ValueError("a sweep always resumes: give the same command again, without --resume")
-    for name in ("dataset", "device"):
-        if len(given.get(name, ())) > 1:
-            raise ValueError(f"--{name} takes one value here: runs are compared on the same text and device")
-    return given
-
-
-def average(args, rest):
-    """--json_in: the runs in JSON files, as groups."""
-    if rest:
-        raise ValueError(f"--json_in trains nothing: leave out {rest[0]}")
-    report.check_outputs(args)
-    if args.csv:
-        report.check_output(args.csv)
-    runs = read_runs(args.json_in)
-    show(runs, args, json_in_made_by=[json.loads(Path(path).read_text(encoding="utf-8")).get("command")
-                                      for path in args.json_in])
-
-
 def main(argv=None):
-    parser = make_parser()
-    words = [flags.located(word) for word in (sys.argv[1:] if argv is None else argv)]
+    words, parser = sys.argv[1:] if argv is None else argv, make_parser()
     args, rest = parser.parse_known_args(words)
     if args.json_in:
-        average(args, rest)
-        return
-    given, out_dir = checked_flags(rest), Path(args.out_dir)
-    config = given_flags(parser.parse_known_args([word for word in words if word.startswith("@")])[1])
-    jobs = make_jobs(given, out_dir, config)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    args.json, args.csv = args.json or str(out_dir / "sweep.json"), args.csv or str(out_dir / "sweep.csv")
-    if importlib.util.find_spec("matplotlib"):
-        args.plot = args.plot or str(out_dir / "sweep.png")
-    report.check_outputs(args)
-    report.check_output(args.csv)
-    if stopped := train_all(jobs, args.jobs):
-        print("stopped, everything is saved; give the same command again to continue")
-        sys.exit(128 + stopped)
-    finished = [job for job in jobs if not job.failure]
-    if not finished:
-        raise RuntimeError(f"no run has finished: see {jobs[0].folder}/train.txt")
-    show(score(finished, args, given), args)
-    print(f"\nwritten: {args.json}, {args.csv}, {args.plot or 'no picture, which needs matplotlib'}")
-    if len(finished) < len(jobs):
-        raise RuntimeError(f"{len(jobs) - len(finished)} of {len(jobs)} runs failed and are left out: "
-                           + "; ".join(str(job) for job in jobs if job.failure))
+        if rest:
+            raise ValueError(f"--json_in trains nothing: leave out {rest[0]}")
+        report.check_outputs(args)
+        runs, failed = groups.read_runs(args.json_in), []
+    else:
+        args.json = args.json or f"{args.out_dir}/sweep.json"
+        args.plot = args.plot or f"{args.out_dir}/sweep.png"
+        report.check_outputs(args)
+        _, by_hand = parser.parse_known_args([word for word in words if word[0] != "@"])
+        runs, failed = train_and_score(args, values_by_flag(rest), values_by_flag(by_hand))
+    scores = groups.scores_of(runs)
+    found = groups_of(runs, scores)
+    if args.json:
+        report.write_json(args.json, "-m experiments.sweep", {"groups": found, "runs": runs})
+    if not args.json_in:
+        groups.over_seeds(scores, ["name", "start", "end"], RANGES).to_csv(
+            f"{args.out_dir}/sweep.csv")
+    if args.plot:
+        eval_extrapolation.plot([group | {"name": groups.in_words(group["name"])}
+                                 for group in found], args.plot)
+    print_groups(found)
+    if failed:
+        raise RuntimeError(f"failed, see the train.txt in {', '.join(failed)}")
 
 
 if __name__ == "__main__":
