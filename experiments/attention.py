@@ -116,22 +116,6 @@ def query_groups(block_size, length):
     return groups if length >= 2 * block_size else {"inside": groups["inside"]}
 
 
-def pair_share(q, k, logits, visible):
-    """The mean of Cov(S_j, S) over heads and queries, divided by the mean of Var(S) -> (P,). Both
-    are over the visible keys (Q, T) of a query.
-
-    The shares of all pairs add up to 1, less the share of the bias. What is equal for all keys of a
-    query does not change attention and is not counted. q (H, Q, D), k (H, T, D), logits S
-    (H, Q, T)."""
-    count = visible.sum(-1, keepdim=True)  # (Q, 1)
-    S = logits.masked_fill(~visible, 0)
-    S = (S - S.sum(-1, keepdim=True) / count).masked_fill(~visible, 0)  # less its mean over keys
-    # sum over keys of S_j * S without computing S_j: q_j . (sum over keys of S * k_j)
-    covariance = pairs(q * (S @ k) / (count * math.sqrt(q.size(-1)))).sum(-2)  # (H, Q, P)
-    variance = (S.square().sum(-1, keepdim=True) / count).mean((0, 1))  # (1,)
-    return covariance.mean((0, 1)) / variance.clamp(min=1e-12)
-
-
 def measure_group(q, k, logits, start, bin_of, n_bins):
     """Statistics of a group of queries, the first at position `start`: name -> tensor, means over
     heads and queries. q (H, Q, D), k (H, T, D), logits (H, Q, T), bin_of (T,): of each distance."""
@@ -141,21 +125,17 @@ def measure_group(q, k, logits, start, bin_of, n_bins):
     bins = bin_of[distance[visible]]  # (visible,)
     by_distance = {"weight": weights.mean(0), "logit": logits.mean(0),
                    "pair": mean_pair_logits(q, k)}
-    return {**{f"{name}_by_distance": binned_mean(values[..., visible], bins, n_bins)
-               for name, values in by_distance.items()},
-            "first_4_keys": weights[..., :4].sum(-1).mean(),
-            "nearest_16_keys": (weights * (distance < 16)).sum(-1).mean(),
-            "entropy": torch.special.entr(weights).sum(-1).mean(),
-            "pair_share": pair_share(q, k, logits, visible)}
+    return {"entropy": torch.special.entr(weights).sum(-1).mean(),
+            **{f"{name}_by_distance": binned_mean(values[..., visible], bins, n_bins)
+               for name, values in by_distance.items()}}
 
 
 def measure_layer(q, k, v, bias, block_size, starts):
     """All statistics of one layer in one window: name -> tensor. Means are over heads and queries.
 
     norm/q, k, v  2-norm of each pair, mean over tokens and heads (P,)
-    and for each group of queries, such as inside/weight_by_distance:
-    weight_by_distance, logit_by_distance (bins,), pair_by_distance: S_j (P, bins)
-    first_4_keys, nearest_16_keys: weight; entropy in nats; pair_share (P,)"""
+    and for each group of queries, such as inside/weight_by_distance: entropy in nats,
+    weight_by_distance, logit_by_distance (bins,), pair_by_distance, which is S_j (P, bins)"""
     distance = torch.arange(q.size(1), device=q.device)
     bin_of = torch.bucketize(distance, torch.tensor(starts, device=q.device), right=True) - 1
     logits = logits_of(q, k, bias)  # (H, T, T)
@@ -215,30 +195,24 @@ def analyze(name, checkpoint, windows, device):
     if length > 2 * L:
         curves = found["beyond/pair_by_distance"].mean(0)  # (layers, P, bins): too much for a file
         run["beyond/pair_excursion"] = {"layers": pair_excursion(curves, starts, L).tolist()}
+    rotated = {kind: n_rotated(model.encodings[kind]) for kind in sorted(set(config.kinds()))}
     wavelength = 2 * math.pi / frequencies(config.n_embd // config.n_head, config.rope_base)
     return {"name": name, "pe": config.pe, "layers": name_of(config), "block_size": L,
             "length": length, "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
             "windows": len(windows), "starts": starts, "wavelength": wavelength.tolist(),
-            "rotated": {kind: n_rotated(model.encodings[kind]) for kind in sorted(set(config.kinds()))},
-            **run}
+            "rotated": rotated, **run}
 
 
 def print_run(run):
-    rows = {}
-    for group, (start, end) in query_groups(run["block_size"], run["length"]).items():
-        ln_n = torch.log(torch.arange(start, end) + 1.0).mean().item()
-        for layer, share in enumerate(run[f"{group}/pair_share"]["layers"]):
-            top = torch.tensor(share).topk(min(3, len(share))).indices.tolist()
-            numbers = [run[f"{group}/{name}"]["layers"][layer]
-                       for name in ("entropy", "first_4_keys", "nearest_16_keys")]
-            rows[f"queries [{start:,}, {end:,}), layer {layer + 1}"] = [
-                *(f"{number:.3f}" for number in [ln_n, *numbers]),
-                ", ".join(f"{j} ({share[j]:.0%})" for j in top)]
-    rotated = ", ".join(f"{n} in {kind}" for kind, n in sorted(run["rotated"].items()))
+    groups = query_groups(run["block_size"], run["length"])
+    ln_n = [torch.log(torch.arange(*of) + 1.0).mean().item() for of in groups.values()]
+    layers = zip(*(run[f"{group}/entropy"]["layers"] for group in groups))
+    rows = {"uniform: ln n": ln_n} | {f"layer {i}": row for i, row in enumerate(layers, 1)}
     report.print_table(
         f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {run['block_size']}, "
-        f"rotated pairs {rotated}", ["ln n", "entropy", "weight of first 4 keys", "of nearest 16",
-                                     "pairs with the largest share"], rows)
+        f"rotated pairs per head by kind of layer {run['rotated']}; entropy of attention in nats",
+        [f"queries [{start:,}, {end:,})" for start, end in groups.values()],
+        {name: [f"{value:.2f}" for value in row] for name, row in rows.items()})
 
 
 # --- Heads that look at the previous token --------------------------------------------------------

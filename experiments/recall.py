@@ -10,8 +10,7 @@ show this: a model that looks at nothing but the last few tokens has a flat perp
 Without folders of runs, small models are trained and tested: to copy letters and to look one up, or
 with --hard to look one up among distractors (experiments/tasks.py shows the tasks). One model per
 encoding and seed learns from sequences of even length up to L. Tests have odd lengths up to 16 L.
---pe names encodings or arrangements of layers (experiments/groups.py). A command that was killed
-continues where it was if it is given again with the same --json.
+--pe names encodings or arrangements of layers (experiments/groups.py).
 
 With folders of runs, these language models are tested: they read a passage of held-out text, other
 text, the passage again. How much better is it predicted than the same passage at the same position,
@@ -22,18 +21,16 @@ predictions of its second half are scored.
 
 Shapes: B sequences, T tokens, N windows, P tokens of a passage, V size of the vocabulary.
 """
-import json
 import multiprocessing
 import signal
 import time
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
 from common import flags, report
-from common.checkpoint import load_checkpoint, load_model, replacing
+from common.checkpoint import load_checkpoint, load_model
 from common.device import Device, DeviceConfig
 from common.optimizer import OptimizerConfig, make_optimizers, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
@@ -41,7 +38,7 @@ from eval_extrapolation import bucket_edges
 from experiments import output
 from experiments.groups import fields_of, in_words, name_of
 from experiments.tasks import EASY, HARD, LETTERS, VOCAB_SIZE, choose, generator_for, pick
-from model import GPT, PE, GPTConfig, KVCache
+from model import GPT, PE, GPTConfig
 from train import TrainConfig
 
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "prope_fraction",
@@ -82,16 +79,6 @@ def train(config, args, seed, device):
     return model.eval(), loss.item()
 
 
-def most_likely(model, tokens, targets, chunk=1024):
-    """Tokens (B, T) -> the model's choice of each next token (B, T). Long sequences pass in chunks,
-    to save memory."""
-    length = tokens.size(1)
-    cache = KVCache(length) if length > chunk else None
-    return torch.cat([
-        model(tokens[:, at:at + chunk], targets[:, at:at + chunk], cache)[0].argmax(-1)
-        for at in range(0, length, chunk)], dim=1)
-
-
 @torch.no_grad()
 def test(model, task, start, end, n_batches, seed, device, shortest):
     """Accuracy at odd lengths in (start, end], from `shortest` on -> a bucket with "accuracy" and
@@ -103,16 +90,15 @@ def test(model, task, start, end, n_batches, seed, device, shortest):
     for i in range(n_batches):
         generator = generator_for(seed, end, i)
         tokens, targets = (x.to(device) for x in task(16, choose(lengths, generator), generator))
-        right = most_likely(model, tokens, targets) == targets  # (B, T)
+        right = model(tokens, targets)[0].argmax(-1) == targets  # (B, T)
         accuracies.append(right.sum() / (targets >= 0).sum())
     accuracy, stderr = report.mean_and_stderr(torch.stack(accuracies).cpu())
     return {"start": start, "end": end, "accuracy": accuracy, "accuracy_stderr": stderr}
 
 
-def train_and_test(work):
-    """(key, config, seed, flags, device) -> the key, and the run as the JSON holds it. In float32
-    and one thread: so small a network gains nothing from less or more."""
-    key, config, seed, args, device = work
+def train_and_test(config, seed, args, device):
+    """-> the run of a network, as the JSON holds it. In float32 and one thread: so small a network
+    gains nothing from less or more."""
     torch.set_num_threads(1)
     started, tasks = time.time(), tasks_of(args)
     edges = bucket_edges(args.block_size, args.max_factor)
@@ -121,27 +107,14 @@ def train_and_test(work):
                     for start, end in zip(edges, edges[1:])]
              for name, (task, _) in tasks.tested.items()}
     inside = ", ".join(f"{name} {buckets[0]['accuracy']:.3f}" for name, buckets in found.items())
-    seconds = time.time() - started
-    print(f"{name_of(config):16} seed {seed}   {seconds:5.0f} s   accuracy inside L: {inside}",
-          flush=True)
-    return key, {"name": name_of(config), "pe": config.pe, "seed": seed, "config": asdict(config),
-                 "loss": loss, "seconds": seconds, "tasks": found}
-
-
-def side_by_side(function, work, jobs):
-    """Yield function(item) for each item of a list, in any order; jobs > 1: so many at a time, in
-    processes of their own, which end with the caller's loop."""
-    if jobs == 1:
-        yield from map(function, work)
-        return
-    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # this process ends them
-    with multiprocessing.get_context("spawn").Pool(jobs, *ignore_ctrl_c) as pool:
-        yield from pool.imap_unordered(function, work)
+    print(f"{name_of(config):16} seed {seed}   {time.time() - started:5.0f} s   accuracy inside L: "
+          f"{inside}", flush=True)
+    return {"name": name_of(config), "pe": config.pe, "seed": seed, "config": asdict(config),
+            "loss": loss, "seconds": time.time() - started, "tasks": found}
 
 
 def train_and_test_all(args, device):
-    """-> the run of each network and seed. Complete ones are kept in a file beside --json until all
-    are."""
+    """-> the run of each network and seed; --jobs of them at a time, in processes of their own."""
     least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
     if args.block_size < least:
         raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {least} "
@@ -149,22 +122,12 @@ def train_and_test_all(args, device):
     network = {name: getattr(args, name) for name in NETWORK}
     network |= {"vocab_size": VOCAB_SIZE, "attn_scaling": args.attn_scaling or "none"}
     configs = [GPTConfig(**network | fields_of(pe)) for pe in args.pe]
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("pe", "seed", "jobs", "json", "plot", "device", "dtype")}
-    jobs = {json.dumps([asdict(config), seed, settings]): (config, seed)
-            for config in configs for seed in args.seed}
-    kept, done = Path(f"{args.json}.partial"), {}
-    if args.json and kept.exists():
-        done = json.loads(kept.read_text(encoding="utf-8"))
-    work = [(key, *job, args, device) for key, job in jobs.items() if key not in done]
-    if len(work) < len(jobs):
-        print(f"{len(jobs) - len(work)} of {len(jobs)} models are in {kept}")
-    for key, run in side_by_side(train_and_test, work, args.jobs):
-        done[key] = run
-        if args.json:
-            with replacing(kept) as file:
-                file.write(json.dumps(done).encode())
-    return [done[key] for key in jobs]
+    work = [(config, seed, args, device) for config in configs for seed in args.seed]
+    if args.jobs == 1:
+        return [train_and_test(*job) for job in work]
+    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # this process ends the others
+    with multiprocessing.get_context("spawn").Pool(args.jobs, *ignore_ctrl_c) as pool:
+        return pool.starmap(train_and_test, work, chunksize=1)
 
 
 # --- Language models ------------------------------------------------------------------------------
@@ -344,7 +307,6 @@ def main(argv=None):
     if args.json:
         report.write_json(args.json, "-m experiments.recall", output.rounded(
             {"seed": args.seed, "device": str(device), **result}, 4))
-        Path(f"{args.json}.partial").unlink(missing_ok=True)
     if args.runs:
         show_text(result["means"], result["most_frequent_token"], result["runs"][0]["block_size"],
                   args.plot)
