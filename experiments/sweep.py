@@ -34,7 +34,7 @@ import eval_extrapolation
 import train
 from common import flags, report
 from common.checkpoint import load_checkpoint
-from common.device import stop_signals
+from common.device import Device, DeviceConfig, stop_signals
 from experiments import groups
 
 # --- Which runs there are -------------------------------------------------------------------------
@@ -135,6 +135,19 @@ def train_all(jobs, at_a_time):
     return signals[0] if signals else None
 
 
+def score(folders, args, device_flags):
+    """-> the runs as the JSON of eval_extrapolation.py holds them."""
+    names = report.run_names(folders)
+    options = eval_extrapolation.make_parser().parse_args(
+        [*map(str, folders), "--max_factor", str(args.max_factor), "--windows", str(args.windows),
+         *device_flags])
+    device = Device(DeviceConfig(options.device, options.dtype))
+    checkpoints = [load_checkpoint(folder) for folder in folders]
+    *text, sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
+    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
+    return [run | {"dataset_sha256": sha256} for run in runs]
+
+
 def train_and_score(args, given, in_names):
     """-> the scored runs, and the folders of those that failed. Exits if a signal stops it."""
     if len(given.get("dataset", ())) > 1:
@@ -144,16 +157,11 @@ def train_and_score(args, given, in_names):
     if number := train_all(jobs, args.jobs):
         print("stopped, everything is saved; give the same command again to continue")
         sys.exit(128 + number)
-    complete = [str(folder) for folder in jobs if is_complete(folder)]
+    complete = [folder for folder in jobs if is_complete(folder)]
     if not complete:
         raise RuntimeError(f"no run is complete: see {next(iter(jobs))}/train.txt")
-    scores = f"{args.out_dir}/scores.json"
-    command = [sys.executable, eval_extrapolation.__file__, *complete, "--json", scores,
-               "--max_factor", str(args.max_factor), "--windows", str(args.windows)]
-    command += [f"--device={name}" for name in given.get("device", ())]
-    if code := subprocess.run(command).returncode:
-        sys.exit(code)
-    return groups.read_runs([scores]), [str(folder) for folder in jobs if not is_complete(folder)]
+    runs = score(complete, args, [f"--device={name}" for name in given.get("device", ())])
+    return runs, [str(folder) for folder in jobs if folder not in complete]
 
 
 # --- Results --------------------------------------------------------------------------------------
