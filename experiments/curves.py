@@ -78,7 +78,8 @@ def draw_range(panel, table, flag, styles):
         for ppl in line.loc[line[flag].isna(), "ppl"]:
             panel.axhline(ppl, label=name, color=style["color"], linestyle=style["linestyle"])
         rows = without_nan(line.dropna(subset=[flag]).sort_values(flag)).to_dict("records")
-        draw_line(panel, rows, flag, "ppl", "ppl_std", label=name, markersize=5, **style)
+        if rows:
+            draw_line(panel, rows, flag, "ppl", "ppl_std", label=name, markersize=5, **style)
     values = sorted(table[flag].dropna().unique())
     if values[0] > 0 and values[-1] > 8 * values[0]:
         panel.set_xscale("log")
