@@ -135,7 +135,6 @@ def test_gpt2_s_tokens_are_tiktoken_s(monkeypatch):
 
 
 def test_characters_cut_by_tokens_count_once_wherever_the_ids_are_divided():
-    """Decoding each part would count a character of three bytes up to three times."""
     text = "日本語のテキスト、ひらがな👩 and é" * 20
     merged = BPETokenizer.learn([text, "日本"], 264)  # tokens of some bytes of a character
     for made in (BPETokenizer.learn([""], 257), merged, learn("char", [text], "auto", None)):
@@ -144,4 +143,5 @@ def test_characters_cut_by_tokens_count_once_wherever_the_ids_are_divided():
             parts = [ids[i:i + size] for i in range(0, len(ids), size)]
             assert sum(count_characters(made, part) for part in parts) == len(text), size
         assert count_characters(made, [*ids, made.end_of_document]) == len(text)
+        assert made.decode(ids[:1]) in ("日", "\ufffd")  # one byte alone is no character
     assert count_characters(CharTokenizer("abc"), [0, 1, 2, 3]) == 4  # an unknown one is one
