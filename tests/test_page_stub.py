@@ -5,51 +5,46 @@ import quickjs
 from tests.page_stub import Page, check_file
 
 PAGE = """<!doctype html><html lang="en"><body><p id="out" class="a b"></p>
-<input type="range" id="L" min="1" max="9" step="2">
-<select id="run"><option value="r">RoPE</option><option value="h">HoPE</option></select><button id="go">go</button>
+<input type="range" id="L" min="1" max="9" step="2"><button id="go">go</button>
 <script id="data" type="application/json">{"text": "see https://example.org <p>"}</script>
-<script>%s</script></body></html>"""
+<script>const $ = id => document.getElementById(id), out = $("out"); %s</script></body></html>"""
 
 
 def test_actions_reach_the_script():
     page = Page(PAGE % """
-        const $ = id => document.getElementById(id), write = text => { $("out").innerHTML = `<b>${text}</b>`; };
-        for (const id of ["L", "run"]) $(id).oninput = event => write(event.target.value);
-        $("go").onclick = () => setTimeout(() => write(JSON.parse($("data").textContent).text.length), 100);
-        addEventListener("keydown", event => write(event.key));""", hash="#a=%zz")
+        const write = text => { out.innerHTML = `<b>${text}</b>`; };
+        const {text} = JSON.parse($("data").textContent);
+        $("L").oninput = event => write(event.target.value);
+        $("go").onclick = () => setTimeout(() => write(text.length), 100);
+        addEventListener("keydown", event => write(event.key));""")
     for act, text in ((lambda: page.input("L", 100), "9"), (lambda: page.input("L", 4.2), "5"),
-                      (lambda: page.input("run", "h"), "h"), (lambda: page.click("go"), "27"),
-                      (lambda: page.key("L", "ArrowLeft"), "ArrowLeft")):
+                      (lambda: page.click("go"), "27"), (lambda: page.key("L", "x"), "x")):
         act()
         assert page.text("#out b") == page.text("out") == text
-    assert page.run("[...new URLSearchParams(location.hash.slice(1))]") == [["a", "%zz"]]
     page.check_content()
 
 
 @pytest.mark.parametrize("script", (
-    "document.getElementById('none').textContent = 1", "document.querySelector('p').frobnicate()",
-    "document.body.innerHTML = '<p><b></p>'", "document.body.innerHTML = 'a < b'", "console.error('no')",
-    "document.querySelectorAll('p > b')"))
+    "$('none').textContent = 1", "out.frobnicate()", "out.innerHTML = '<p><b></p>'",
+    "out.innerHTML = 'a < b'", "console.error('no')", "document.querySelectorAll('p > b')"))
 def test_exceptions_fail(script):
     with pytest.raises(quickjs.JSException):
         Page(PAGE % script)
 
 
 @pytest.mark.parametrize("script", (
-    "out.textContent = 0 / 0", "out.setAttribute('d', 'M0 ' + 1 / 0)", "out.innerHTML = void 0", "out.textContent = {}",
-    "out.style.setProperty('--share', undefined)"))
+    "out.textContent = 0 / 0", "out.setAttribute('d', 'M0 ' + 1 / 0)", "out.innerHTML = void 0",
+    "out.textContent = {}", "out.style.setProperty('--share', undefined)"))
 def test_values_that_are_no_numbers_fail(script):
-    page = Page(PAGE % f"const out = document.getElementById('out'); {script}")
     with pytest.raises(AssertionError):
-        page.check_content()
+        Page(PAGE % script).check_content()
 
 
 @pytest.mark.parametrize("html", (
-    '<p id="a"></p><p id="a"></p><script></script>', "<script></script><script></script>", "<p>no script</p>",
+    '<p id="a"></p><p id="a"></p><script></script>', "<script></script><script></script>",
     '<img src="a.png"><script></script>', '<script src="//cdn.example.org/x.js"></script>',
-    '<link rel="stylesheet" href="a.css"><script></script>', "<style>@import 'a.css'</style><script></script>",
     "<style>p { background: url(a.png) }</style><script></script>", "<script>fetch('x')</script>",
-    "<p>https://example.org</p><script></script>", "<script>new WebSocket(x)</script>"))
+    "<p>https://example.org</p><script></script>"))
 def test_files_that_need_others_or_repeat_ids_fail(html):
     with pytest.raises(AssertionError):
         check_file(html)
