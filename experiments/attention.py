@@ -307,8 +307,9 @@ def plot_components(runs, path):
     figure, (axes,) = report.import_pyplot().subplots(
         1, len(runs), figsize=(9.5, 3.3), squeeze=False, layout="constrained")
     maps = [torch.tensor(run["beyond/pair_excursion"]["layers"]) for run in runs]  # (layers, P)
+    highest = max(layers.max().item() for layers in maps)
     for run, layers, panel in zip(runs, maps, axes):
-        image = panel.imshow(layers, aspect="auto", vmin=0, vmax=max(map(torch.max, maps)))
+        image = panel.imshow(layers.numpy(), aspect="auto", vmin=0, vmax=highest)
         panel.grid(False)
         shown = range(0, len(run["wavelength"]), max(1, len(run["wavelength"]) * len(runs) // 24))
         panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" for j in shown], rotation=90)

@@ -235,6 +235,8 @@ def show(panels, runs, x, xlabel, L, path):
                              **style)
         for guess in guesses:
             panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
+        if "accuracy" in key:
+            panel.set_ylim(-0.03, 1.03)
         output.token_axis(panel, L, ticks)
         panel.set_title(title)
     figure.supxlabel(f"{xlabel}; dotted: L, dashed: guesses", fontsize="medium")
