@@ -71,8 +71,8 @@ def test_which_documents_are_held_out_does_not_depend_on_their_order():
 def test_the_end_of_the_longest_is_held_out_if_whole_documents_give_less_than_a_twentieth():
     long = "".join(chr(97 + i % 26) for i in range(950))
     assert split([(long,)]) == ([long[:855]], [long[855:]])
-    train, val = split([("a" * 49,), (long,)])  # 49 of 999 are too few
-    assert (train, val) == (["a" * 49, long[:-99]], [long[-99:]])
+    train, val = split([("z" * 49,), (long,)])  # 49 of 999 are too few
+    assert (train, val) == (["z" * 49, long[:-99]], [long[-99:]])
     assert split([("a" * 60,), (long,)]) == ([long], ["a" * 60])  # 60 of 1,010 are enough
     # all documents are too short to be cut: the small one, drawn first, is held out alone
     others = [chr(97 + i) * 59 for i in range(16)]
