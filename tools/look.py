@@ -1,13 +1,14 @@
 """
-Look at the project's pages in a browser: screenshots in out/look, and an exit code of 1 if a page reports an error.
+Look at the project's pages in a browser: screenshots in out/look; exit code 1 if a page has errors.
 
     make look
-    python tools/look.py docs/index.html out/demo/page.html     # the same; pages that are not there are skipped
-    python tools/look.py --pictures                             # and make the README's pictures of them anew
+    python tools/look.py docs/index.html out/demo/page.html     # the same
+    python tools/look.py --pictures                             # and the README's pictures of them
 
-Needs playwright (pip install playwright) and an installed Chromium; --chromium says where. Each page is opened at two
-widths in light and dark, and scrolled through. Errors are exceptions, messages of the console, requests to anywhere,
-and a page that is wider than its window. For people who change a page; the tests run without a browser.
+Needs playwright (pip install playwright) and an installed Chromium; --chromium says where. Each
+page is opened at two widths in light and dark. Errors are exceptions, messages of the console,
+requests to anywhere, and a page that is wider than its window. For people who change a page; the
+tests run without a browser.
 """
 import argparse
 import io
@@ -20,8 +21,8 @@ from playwright.sync_api import Error, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1280, 900), (390, 844)
-PICTURES = {"docs/index.html": ("docs/idea_page.png", (1000, 800), "#m=300"),  # README's: file, size, state
-            "out/demo/page.html": ("docs/text_page.png", (1000, 800), "")}
+PICTURES = {"docs/index.html": ("docs/idea_page.png", "#m=300"),  # page: README's picture, state
+            "out/demo/page.html": ("docs/text_page.png", "")}
 LIMIT = 150_000  # bytes of such a picture
 
 
@@ -29,25 +30,34 @@ def open_page(browser, path, size, scheme, state=""):
     """-> the page, and the list to which its errors are added."""
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
     errors = []
+
+    def on_console(message):
+        if message.type in ("error", "warning"):
+            errors.append(message.text)
+
+    def on_request(request):
+        if request.url != page.url and not request.is_navigation_request():
+            errors.append(f"request: {request.url}")
+
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("request", lambda request: errors.append(f"request: {request.url}") if request.url != page.url
-            and not request.is_navigation_request() else None)
+    page.on("console", on_console)
+    page.on("request", on_request)
     page.goto(path.resolve().as_uri() + state)
     page.wait_for_timeout(700)
     return page, errors
 
 
 def look(browser, path, folder):
-    """Screenshots of a page: what the window shows first, and all of it. -> its errors."""
+    """Screenshots of a page: what the window shows first, and all of it -> its errors."""
     found = []
     for size in SIZES:
         for scheme in ("light", "dark"):
             page, errors = open_page(browser, path, size, scheme)
             name = f"{path.parent.name}_{path.stem}_{size[0]}_{scheme}"
             page.screenshot(path=folder / f"{name}.png")
+            # a window of the page's height: what sticks to the window's edge stays there
             height = page.evaluate("document.documentElement.scrollHeight")
-            page.set_viewport_size({"width": size[0], "height": height})  # what sticks to the window's edge stays there
+            page.set_viewport_size({"width": size[0], "height": height})
             page.wait_for_timeout(300)
             page.screenshot(path=folder / f"{name}_all.png")
             wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
@@ -58,11 +68,11 @@ def look(browser, path, folder):
     return found
 
 
-def picture(browser, source, target, size, state):
+def picture(browser, source, target, state):
     """A screenshot in 256 colours. Raises ValueError if it is too large."""
-    page, _ = open_page(browser, ROOT / source, size, "light", state)
-    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-    image.save(ROOT / target, optimize=True)
+    page, _ = open_page(browser, ROOT / source, (1000, 800), "light", state)
+    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    image.quantize(256, dither=Image.Dither.NONE).save(ROOT / target, optimize=True)
     n_bytes = (ROOT / target).stat().st_size
     print(f"{target}: {n_bytes / 1000:.0f} KB")
     if n_bytes > LIMIT:
@@ -70,29 +80,27 @@ def picture(browser, source, target, size, state):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Screenshots of the project's pages, and the errors they report.")
-    parser.add_argument("pages", nargs="*", type=Path, default=[ROOT / "docs/index.html", ROOT / "out/demo/page.html"])
+    parser = argparse.ArgumentParser(description="Screenshots of the pages, and their errors.")
+    parser.add_argument("pages", nargs="*", type=Path, help="default: those that there are",
+                        default=[ROOT / page for page in PICTURES if (ROOT / page).exists()])
     parser.add_argument("--pictures", action="store_true", help="make the README's pictures anew")
-    parser.add_argument("--out_dir", type=Path, default=ROOT / "out/look", help="where the screenshots go")
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome"),
-                        help="the browser's path")
+    parser.add_argument("--chromium", help="the browser's path",
+                        default=shutil.which("chromium") or shutil.which("google-chrome"))
     args = parser.parse_args()
     if args.chromium is None:
-        sys.exit("no Chromium found: install it (Debian: apt install chromium) or name it with --chromium")
-    args.out_dir.mkdir(parents=True, exist_ok=True)
+        raise ValueError("no Chromium found: install it, or name it with --chromium")
+    folder = ROOT / "out" / "look"
+    folder.mkdir(parents=True, exist_ok=True)
     errors = []
     with sync_playwright() as playwright:
         # without the sandbox, which root in a container cannot have; the pages are ours
         browser = playwright.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for path in args.pages:
-            if not path.exists():
-                print(f"{path} does not exist: skipped")
-                continue
-            errors += look(browser, path, args.out_dir)
-            print(f"{path}: screenshots in {args.out_dir}")
+            errors += look(browser, path, folder)
+            print(f"{path}: screenshots in {folder}")
         if args.pictures:
-            for source, arguments in PICTURES.items():
-                picture(browser, source, *arguments)
+            for source, (target, state) in PICTURES.items():
+                picture(browser, source, target, state)
         browser.close()
     if errors:
         sys.exit("\n".join(errors))
