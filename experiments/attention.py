@@ -1,29 +1,23 @@
 """
-What attention does inside the trained context L and beyond it: the measurements that led to HoPE
-(arXiv 2410.21216) and to p-RoPE (arXiv 2410.06205), on any checkpoint.
+What attention does inside the trained context L and beyond it: measurements that led to HoPE (arXiv
+2410.21216) and to p-RoPE (arXiv 2410.06205), on any checkpoint.
 
     python -m experiments.attention out/rope out/hope --json attention.json --plot attention.png
     python -m experiments.attention out/rope out/hope --heads --json heads.json
 
-Prints a table per run, and draws
-
-    FILE_distance.png     mean attention weight and mean logit, by distance to the key
-    FILE_components.png   how far each pair's part of the logit leaves, beyond L, its range within L
-
-A logit is a sum over pairs of channels, S = sum_j S_j + bias with
-S_j = q_j . R((n - m) theta_j) k_j / sqrt(D). Queries inside the trained context (its second half,
-[L/2, L)) are compared with those far beyond it ([T/2, T) of a window of T tokens). Several
-checkpoints of one run, which train.py --keep_every leaves, show how training gets there.
-Short-window layers count the keys in their window only; the pairs' wavelengths are those of the
-full layers.
+Prints the entropy of attention by layer, and plots mean attention weight and mean logit by distance
+to the key. Queries inside the trained context (its second half, [L/2, L)) are compared with those
+far beyond it ([T/2, T) of a window of T tokens). Several checkpoints of one run, which train.py
+--keep_every leaves, show how training gets there. Short-window layers count the keys in their
+window only; the pairs' wavelengths are those of the full layers.
 
 --heads lists the heads of full layers by how much they look at the previous token, within L, and
-the pairs that point there (arXiv 2410.06205: the fastest ones).
+the pairs of channels that point there (arXiv 2410.06205: the fastest ones). A logit is a sum over
+pairs, S = sum_j S_j with S_j = q_j . R((n - m) theta_j) k_j / sqrt(D).
 
 Shapes: N windows, H heads, T tokens, D channels per head, P = D/2 pairs, Q queries of a group.
 """
 import math
-from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -75,13 +69,6 @@ def pairs(x):
     return x.unflatten(-1, (2, -1))
 
 
-def mean_pair_logits(q, k):
-    """Queries (H, Q, D) and keys (H, T, D) -> the mean of S_j over heads (P, Q, T)."""
-    # the sum over heads of q . k is one product of the heads laid side by side
-    wide_q, wide_k = (pairs(x).permute(1, 2, 0, 3).flatten(1, 2) for x in (q, k))  # (Q, 2H, P)
-    return torch.einsum("qcp,kcp->pqk", wide_q, wide_k) / (len(q) * math.sqrt(q.size(-1)))
-
-
 def logits_of(q, k, bias):
     """-> logits (H, T, T), -inf for keys in the future."""
     logits = q @ k.mT / math.sqrt(q.size(-1))
@@ -104,9 +91,8 @@ def position_bins(block_size, length):
 
 
 def binned_mean(values, index, n_bins):
-    """Values (..., N) and the bin of each (N,) -> the mean of each bin (..., n_bins), nan if a bin
-    is empty."""
-    total = values.new_zeros(*values.shape[:-1], n_bins).index_add_(-1, index, values)
+    """Values (N,) and the bin of each (N,) -> the mean of each bin (n_bins,), nan if none."""
+    total = values.new_zeros(n_bins).index_add_(0, index, values)
     return total / torch.bincount(index, minlength=n_bins)
 
 
@@ -116,34 +102,24 @@ def query_groups(block_size, length):
     return groups if length >= 2 * block_size else {"inside": groups["inside"]}
 
 
-def measure_group(q, k, logits, start, bin_of, n_bins):
-    """Statistics of a group of queries, the first at position `start`: name -> tensor, means over
-    heads and queries. q (H, Q, D), k (H, T, D), logits (H, Q, T), bin_of (T,): of each distance."""
-    position, weights = torch.arange(k.size(1), device=k.device), logits.softmax(-1)
-    distance = position[start:start + q.size(1), None] - position  # (Q, T)
-    visible = logits.isfinite().all(0)  # neither in the future nor outside a window
-    bins = bin_of[distance[visible]]  # (visible,)
-    by_distance = {"weight": weights.mean(0), "logit": logits.mean(0),
-                   "pair": mean_pair_logits(q, k)}
-    return {"entropy": torch.special.entr(weights).sum(-1).mean(),
-            **{f"{name}_by_distance": binned_mean(values[..., visible], bins, n_bins)
-               for name, values in by_distance.items()}}
-
-
 def measure_layer(q, k, v, bias, block_size, starts):
-    """All statistics of one layer in one window: name -> tensor. Means are over heads and queries.
+    """Statistics of one layer in one window, means over heads and queries: name -> tensor.
 
-    norm/q, k, v  2-norm of each pair, mean over tokens and heads (P,)
+    norm/q, k, v  2-norm of each pair, mean over tokens (P,)
     and for each group of queries, such as inside/weight_by_distance: entropy in nats,
-    weight_by_distance, logit_by_distance (bins,), pair_by_distance, which is S_j (P, bins)"""
-    distance = torch.arange(q.size(1), device=q.device)
-    bin_of = torch.bucketize(distance, torch.tensor(starts, device=q.device), right=True) - 1
-    logits = logits_of(q, k, bias)  # (H, T, T)
+    weight_by_distance, logit_by_distance (bins,), whose first distances are `starts`"""
+    position = torch.arange(q.size(1), device=q.device)
+    bin_of = torch.bucketize(position, torch.tensor(starts, device=q.device), right=True) - 1
     found = {f"norm/{name}": pairs(x[:, :block_size]).norm(dim=-2).mean((0, 1))
              for name, x in (("q", q), ("k", k), ("v", v))}
     for group, (start, end) in query_groups(block_size, q.size(1)).items():
-        stats = measure_group(q[:, start:end], k, logits[:, start:end], start, bin_of, len(starts))
-        found |= {f"{group}/{name}": value for name, value in stats.items()}
+        logits = logits_of(q, k, bias)[:, start:end]  # (H, Q, T)
+        weights, visible = logits.softmax(-1), logits.isfinite().all(0)  # (Q, T)
+        bins = bin_of[(position[start:end, None] - position)[visible]]  # (visible,)
+        found[f"{group}/entropy"] = torch.special.entr(weights).sum(-1).mean()
+        for name, x in (("weight", weights), ("logit", logits)):
+            mean = binned_mean(x.mean(0)[visible], bins, len(starts))
+            found[f"{group}/{name}_by_distance"] = mean
     return found
 
 
@@ -165,20 +141,6 @@ def summarize(x):
             "stderr": (overall.std(0) / math.sqrt(len(x))).tolist()}  # nan for one window
 
 
-def pair_excursion(curves, starts, block_size):
-    """How far a pair's mean logit S_j by distance (..., P, bins) leaves, at distances above L, the
-    range of its values at distances up to L -> (..., P), in logits.
-
-    Distances above T/2, which not all queries have, are left out; T has to be above 2 L. nan, for
-    distances outside a window, is ignored."""
-    starts = torch.tensor(starts)
-    known = curves[..., starts < block_size]
-    new = curves[..., (starts >= block_size) & (starts <= starts[-1] / 2)]
-    low = known.nan_to_num(math.inf).amin(-1, keepdim=True)
-    high = known.nan_to_num(-math.inf).amax(-1, keepdim=True)
-    return ((new - high).clamp(min=0) + (low - new).clamp(min=0)).nan_to_num().amax(-1)
-
-
 def n_rotated(pe):
     rotary = pe.rotary(torch.zeros(1))
     return 0 if rotary is None else rotary[0].size(-1)
@@ -191,16 +153,12 @@ def analyze(name, checkpoint, windows, device):
     length = min(windows.size(1), model.transformer.wpe.max_length or windows.size(1))
     starts = position_bins(L, length)
     found = measure(model, windows[:, :length], starts)
-    run = {key: summarize(x) for key, x in found.items() if not key.endswith("pair_by_distance")}
-    if length > 2 * L:
-        curves = found["beyond/pair_by_distance"].mean(0)  # (layers, P, bins): too much for a file
-        run["beyond/pair_excursion"] = {"layers": pair_excursion(curves, starts, L).tolist()}
     rotated = {kind: n_rotated(model.encodings[kind]) for kind in sorted(set(config.kinds()))}
     wavelength = 2 * math.pi / frequencies(config.n_embd // config.n_head, config.rope_base)
     return {"name": name, "pe": config.pe, "layers": name_of(config), "block_size": L,
             "length": length, "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
             "windows": len(windows), "starts": starts, "wavelength": wavelength.tolist(),
-            "rotated": rotated, **run}
+            "rotated": rotated, **{key: summarize(x) for key, x in found.items()}}
 
 
 def print_run(run):
@@ -270,10 +228,10 @@ def print_heads(run):
             for row in run["heads"]})
 
 
-# --- Pictures -------------------------------------------------------------------------------------
+# --- The command ----------------------------------------------------------------------------------
 
 
-def plot_distance(runs, path):
+def plot(runs, path):
     """Attention weight and logit, a row per run. Gray: each layer, queries inside L."""
     figure, axes = report.import_pyplot().subplots(
         len(runs), 2, figsize=(9.5, 2.5 * len(runs) + 0.7), squeeze=False, layout="constrained")
@@ -297,32 +255,6 @@ def plot_distance(runs, path):
     output.save_picture(figure, path)
 
 
-def plot_components(runs, path):
-    """pair_excursion by layer and pair, a map per run. The red line is HoPE's cut-off: pairs to its
-    right take more than L tokens per turn."""
-    runs = [run for run in runs if "beyond/pair_excursion" in run]
-    if not runs:
-        print(f"{path} is not drawn: no run has distances beyond L; use a higher --max_factor")
-        return
-    figure, (axes,) = report.import_pyplot().subplots(
-        1, len(runs), figsize=(9.5, 3.3), squeeze=False, layout="constrained")
-    maps = [torch.tensor(run["beyond/pair_excursion"]["layers"]) for run in runs]  # (layers, P)
-    highest = max(layers.max().item() for layers in maps)
-    for run, layers, panel in zip(runs, maps, axes):
-        image = panel.imshow(layers.numpy(), aspect="auto", vmin=0, vmax=highest)
-        panel.grid(False)
-        shown = range(0, len(run["wavelength"]), max(1, len(run["wavelength"]) * len(runs) // 24))
-        panel.set_xticks(shown, [f"{run['wavelength'][j]:,.0f}" for j in shown], rotation=90)
-        panel.set_yticks(range(len(layers)), range(1, len(layers) + 1))
-        n_fast = sum(turn <= run["block_size"] for turn in run["wavelength"])
-        panel.axvline(n_fast - 0.5, color="red")
-        panel.set_title(run["name"], fontsize="small")
-    axes[0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes), label="excursion of $S_j$\nbeyond L (logits)")
-    figure.supxlabel("tokens per turn of the pair", fontsize="medium")
-    output.save_picture(figure, path)
-
-
 def main(argv=None):
     parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and "
                                   "beyond it.")
@@ -333,7 +265,7 @@ def main(argv=None):
     add("--max_factor", type=flags.positive, default=4, help="length of a run's windows in "
         "multiples of its block_size; memory grows with its square")
     add("--windows", type=flags.positive, default=8, help="windows to average over")
-    report.add_output_flags(parser, "FILE_distance.png and FILE_components.png")
+    report.add_output_flags(parser, "weight and logit by distance")
     flags.add_flags(parser, DeviceConfig, "device")
     args = parser.parse_args(argv)
     report.check_outputs(args)
@@ -358,10 +290,8 @@ def main(argv=None):
         report.write_json(args.json, "-m experiments.attention", output.rounded(
             {"device": str(device), "dataset_sha256": text_sha256, "windows": len(windows),
              "bands": BANDS, "runs": runs}, 5 if args.heads else 4))
-    if args.plot:
-        path = Path(args.plot)
-        plot_distance(runs, path.with_stem(f"{path.stem}_distance"))
-        plot_components(runs, path.with_stem(f"{path.stem}_components"))
+    if args.plot and not args.heads:
+        plot(runs, args.plot)
 
 
 if __name__ == "__main__":

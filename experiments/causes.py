@@ -141,25 +141,12 @@ def losses_of(model, windows, change, seed=0, batch_size=2, chunk=256):
     return torch.cat(losses)
 
 
-def changes_of(model):
-    """The Changes that differ for a model, by name: without slow pairs, or with log-n scaling, some
-    are the same."""
-    theta, found = getattr(model.encodings["L"], "theta", torch.empty(0)), {}
-    slow = theta * model.config.block_size < 2 * math.pi
-    for name, change in CHANGES.items():
-        change = replace(change, slow=change.slow if slow.any() else "true",
-                         silent=change.silent and not slow.all(),
-                         logn=change.logn and model.config.attn_scaling == "none")
-        found.setdefault(change, name)
-    return {name: change for change, name in found.items()}
-
-
 def score(model, windows, edges):
     """-> {change: {"ranges", "removed"}}: in each range the loss, and what it is above that without
     a change, both with errors over windows; "removed" is the share of the rise of the loss, from
     the first range to the last, that the change removes."""
     found, own = {}, None
-    for name, change in changes_of(model).items():
+    for name, change in CHANGES.items():
         losses = losses_of(model, windows, change)
         own = losses if own is None else own
         ranges = []

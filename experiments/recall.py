@@ -3,14 +3,15 @@ Does a model find again what it has read, further back than it was trained for? 
 show this: a model that looks at nothing but the last few tokens has a flat perplexity.
 
     python -m experiments.recall --json recall.json --plot recall.png
-    python -m experiments.recall --pe rope hope hope:SL:16 --seed 1 2 3 --jobs 2 --json FILE
+    python -m experiments.recall --pe rope hope hope:SL:16 --seed 1 2 3 --json FILE
     python -m experiments.recall --hard --pe hope kerple --json hard.json --plot hard.png
     python -m experiments.recall out/rope out/hope --json text.json --plot text.png
 
 Without folders of runs, small models are trained and tested: to copy letters and to look one up, or
 with --hard to look one up among distractors (experiments/tasks.py shows the tasks). One model per
 encoding and seed learns from sequences of even length up to L. Tests have odd lengths up to 16 L.
---pe names encodings or arrangements of layers (experiments/groups.py).
+--pe names encodings or arrangements of layers (experiments/groups.py). A model trains in one
+thread: on many cores, give several commands, one per encoding.
 
 With folders of runs, these language models are tested: they read a passage of held-out text, other
 text, the passage again. How much better is it predicted than the same passage at the same position,
@@ -21,8 +22,6 @@ predictions of its second half are scored.
 
 Shapes: B sequences, T tokens, N windows, P tokens of a passage, V size of the vocabulary.
 """
-import multiprocessing
-import signal
 import time
 from dataclasses import asdict, fields
 
@@ -114,7 +113,7 @@ def train_and_test(config, seed, args, device):
 
 
 def train_and_test_all(args, device):
-    """-> the run of each network and seed; --jobs of them at a time, in processes of their own."""
+    """-> the run of each network and seed."""
     least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
     if args.block_size < least:
         raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {least} "
@@ -122,12 +121,7 @@ def train_and_test_all(args, device):
     network = {name: getattr(args, name) for name in NETWORK}
     network |= {"vocab_size": VOCAB_SIZE, "attn_scaling": args.attn_scaling or "none"}
     configs = [GPTConfig(**network | fields_of(pe)) for pe in args.pe]
-    work = [(config, seed, args, device) for config in configs for seed in args.seed]
-    if args.jobs == 1:
-        return [train_and_test(*job) for job in work]
-    ignore_ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # this process ends the others
-    with multiprocessing.get_context("spawn").Pool(args.jobs, *ignore_ctrl_c) as pool:
-        return pool.starmap(train_and_test, work, chunksize=1)
+    return [train_and_test(config, seed, args, device) for config in configs for seed in args.seed]
 
 
 # --- Language models ------------------------------------------------------------------------------
@@ -282,7 +276,6 @@ def make_parser():
     flags.add_flags(group, TrainConfig, "max_iters", "batch_size")
     flags.add_flags(group, TrainConfig, "seed", nargs="+", default=[1])
     flags.add_flags(group, OptimizerConfig)
-    group.add_argument("--jobs", type=flags.positive, default=1, help="models to train at once")
     group.add_argument("--batches", type=flags.positive, default=16,
                        help="tests of 16 sequences, per task and range of lengths")
     parser.set_defaults(block_size=64, n_layer=2, n_embd=64, max_iters=2000, learning_rate=3e-3,

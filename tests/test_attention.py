@@ -9,7 +9,7 @@ import torch
 import model as model_file
 from common.checkpoint import load_checkpoint, save_checkpoint
 from experiments import attention, figures
-from experiments.attention import attention_inputs, logits_of, mean_pair_logits, position_bins
+from experiments.attention import attention_inputs, logits_of, position_bins
 from model import PE, frequencies
 from tests.conftest import tiny
 
@@ -68,8 +68,6 @@ def test_logits_are_those_that_the_models_own_attention_is_given(layers, monkeyp
     past = torch.ones(length, length, dtype=torch.bool).tril()
     assert len(inside) == len(seen) == 2
     for (q, k, _, bias), (expected, mask) in zip(inside, seen):
-        by_pair = mean_pair_logits(q, k).sum(0)
-        torch.testing.assert_close(by_pair, expected.mean(0), atol=1e-4, rtol=0)
         if mask is not None and mask.dtype == torch.bool:
             expected = expected.masked_fill(~mask, -math.inf)
         elif mask is not None:
@@ -111,37 +109,18 @@ def test_a_pair_with_a_planted_norm_is_where_the_norms_say():
         assert found[f"norm/{name}"][layer].max() < 2 * found[f"norm/{name}"][layer].median()
 
 
-def test_beyond_L_slow_pairs_leave_their_range_and_pairs_that_complete_a_turn_do_not():
-    """q = k in one of two heads: S_j is 9 cos(distance * theta_j) / sqrt(32)."""
-    wavelength, swing = 2 * math.pi / frequencies(32).float(), {}
-    for pe in ("rope", "hope"):
-        found, starts = measured(constant_attention(pe, distance=0), length=8 * L)
-        swing[pe] = attention.pair_excursion(found["beyond/pair_by_distance"][0], starts, L)
-    assert (swing["hope"] < 1e-4).all()
-    assert (swing["rope"][wavelength <= L] < 0.1).all()
-    assert (swing["rope"][(wavelength > 2.5 * L) & (wavelength < 8 * L)] > 0.5).all()
-
-
-def test_an_excursion_is_how_far_a_curve_leaves_its_range_at_distances_that_all_queries_have():
-    curves = torch.tensor([[2.0, 3.0, math.nan, 1.5, 3.2, 9.0], [2.0, 3.0, 3.0, 3.0, 2.0, 9.0]])
-    found = attention.pair_excursion(curves, starts=[0, 1, 2, 4, 8, 16], block_size=4)
-    assert found.tolist() == [0.5, 0]
-
-
 @pytest.mark.parametrize("pe", ["hope", "alibi"])
 def test_a_layer_with_a_window_has_statistics_of_its_window_only(pe):
     """The window is a bool mask for hope and part of the bias for alibi. It is 8 of L = 32."""
     model = tiny(pe, block_size=L, window_pattern="SL", window=8)
     found, starts = measured(model, length=4 * L)
-    for name in ("inside/weight", "beyond/logit", "beyond/pair"):
+    for name in ("inside/weight", "beyond/logit"):
         name = f"{name}_by_distance"
         assert found[name][0, ..., :8].isfinite().all() and found[name][0, ..., 8:].isnan().all()
         assert found[name][1].isfinite().sum() > found[name][0].isfinite().sum()
     assert found["beyond/weight_by_distance"][0, :8].sum() == pytest.approx(1, abs=1e-4)
     assert found["beyond/entropy"][0] < math.log(8) < found["beyond/entropy"][1]
-    run = analyzed(model)
-    assert (torch.tensor(run["beyond/pair_excursion"]["layers"])[0] == 0).all()
-    mean = torch.tensor(run["inside/logit_by_distance"]["mean"])
+    mean = torch.tensor(analyzed(model)["inside/logit_by_distance"]["mean"])
     assert mean[torch.tensor(starts) < L].isfinite().all()
 
 
@@ -201,15 +180,14 @@ def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, tm
                     "--plot", str(tmp_path / "a.png")])
     run, = json.loads((tmp_path / "a.json").read_text())["runs"]
     assert (run["name"], run["iter"], run["rotated"]) == ("ckpt_000010", 10, {"L": 1})
-    assert all((tmp_path / f"a_{name}.png").stat().st_size > 1000
-               for name in ("distance", "components"))
+    assert (tmp_path / "a.png").stat().st_size > 1000
     assert "queries [8, 16)  queries [32, 64)" in capsys.readouterr().out
     attention.main([kept, "--heads", "--windows", "2", "--json", str(tmp_path / "h.json")])
     run, = json.loads((tmp_path / "h.json").read_text())["runs"]
     assert len(run["heads"]) == 4 and "layer 2, head 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("max_factor, block_sizes", [(1, [16]), (2, [16, 32]), (4, [16, 64])])
+@pytest.mark.parametrize("max_factor, block_sizes", [(1, [16]), (2, [16, 32])])
 def test_runs_are_analyzed_at_their_own_L_at_any_length(
         max_factor, block_sizes, finished_run, tmp_path):
     checkpoint, paths = load_checkpoint(finished_run), []
@@ -222,8 +200,6 @@ def test_runs_are_analyzed_at_their_own_L_at_any_length(
     for run, block_size in zip(json.loads((tmp_path / "a.json").read_text())["runs"], block_sizes):
         assert (run["block_size"], run["length"]) == (block_size, max_factor * block_size)
         assert None not in run["norm/q"]["mean"] and ("beyond/entropy" in run) == (max_factor > 1)
-        # at 2 L, all queries have distances up to L only
-        assert ("beyond/pair_excursion" in run) == (max_factor > 2)
 
 
 def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():

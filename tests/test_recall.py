@@ -191,19 +191,14 @@ def test_training_and_test_lengths_are_disjoint(monkeypatch):
 RECALL = "--max_iters 2 --n_embd 16 --max_factor 2 --batches 1 --device cpu".split()
 
 
-def test_several_seeds_are_averaged_and_the_same_in_processes_of_their_own(tmp_path, capsys):
+def test_small_models_are_averaged_over_seeds(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    results = []
-    for jobs in ("1", "2"):
-        recall.main([*RECALL, "--hard", "--pe", "hope:SL:4", "learned", "--seed", "1", "2",
-                     "--jobs", jobs, "--json", str(tmp_path / "r.json"),
-                     "--plot", str(tmp_path / "r.png")])
-        results.append(json.loads((tmp_path / "r.json").read_text()))
-    result, other = results
+    recall.main([*RECALL, "--hard", "--pe", "hope:SL:4", "learned", "--seed", "1", "2",
+                 "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
+    result = json.loads((tmp_path / "r.json").read_text())
     assert result["chance_in_part"] == {"match": 0.3333, "crowd": None}
     assert [(run["name"], run["seed"]) for run in result["runs"]] == [
         ("hope:SL:4", 1), ("hope:SL:4", 2), ("learned", 1), ("learned", 2)]
-    assert [run["tasks"] for run in result["runs"]] == [run["tasks"] for run in other["runs"]]
     hope, learned = result["means"]
     values = [run["tasks"]["crowd"][1]["accuracy"] for run in result["runs"][:2]]
     bucket = hope["tasks"]["crowd"][1]
