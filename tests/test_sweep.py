@@ -117,6 +117,9 @@ class Ended:
     def poll(self):
         return 0
 
+    def terminate(self):
+        pass
+
 
 def test_a_run_that_fails_is_named_and_the_others_are_scored(tiny_config, dataset, tmp_path,
                                                              monkeypatch, fails):
@@ -136,19 +139,19 @@ def test_a_run_that_fails_is_named_and_the_others_are_scored(tiny_config, datase
 
 
 def test_a_signal_ends_the_runs_and_starts_no_others(tmp_path, monkeypatch):
-    started = []
+    processes = []
 
     def start(folder, argv):
-        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]))
-        return started[-1]
+        command = [sys.executable, "-c", "import time; time.sleep(60)"]
+        processes.append(Ended() if folder.name == "a" else subprocess.Popen(command))
+        return processes[-1]
 
     sleep = time.sleep
     monkeypatch.setattr(sweep, "start", start)
     monkeypatch.setattr(time, "sleep",
                         lambda seconds: os.kill(os.getpid(), signal.SIGTERM) or sleep(seconds))
-    jobs = {tmp_path / name: [] for name in "abc"}
-    assert sweep.train_all(jobs, 2) == signal.SIGTERM
-    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+    assert sweep.train_all({tmp_path / name: [] for name in "abc"}, 2) == signal.SIGTERM
+    assert len(processes) == 2 and processes[1].returncode == -signal.SIGTERM
 
 
 # --- means over seeds
