@@ -194,9 +194,9 @@ def print_groups(found):
         return report.format_cell(row[key], row[f"{key}_{error}"], digits)
 
     report.print_table(
-        "means over seeds, ± standard deviation", ["lowest validation loss", "minutes", "seeds"],
-        {group["name"]: [cell(group, "val_loss", "std", 4), cell(group, "minutes", "std", 1),
-                         " ".join(map(str, group["seeds"]))] for group in found})
+        "means over seeds, ± standard deviation", ["lowest validation loss", "seeds"],
+        {group["name"]: [cell(group, "val_loss", "std", 4), " ".join(map(str, group["seeds"]))]
+         for group in found})
     columns = [f"[{row['start']:,}, {row['end']:,})" for row in found[0]["buckets"]]
     for key, error, digits, title in (
             ("ppl", "std", 2, "perplexity by position, ± standard deviation"),
@@ -209,9 +209,8 @@ def print_groups(found):
 
 def make_parser():
     parser = flags.ArgumentParser(
-        "Train a model for each combination of flags, score all of them, and average over seeds. "
-        "All flags of train.py can be given, with one or several values each; --pe also takes "
-        "arrangements of layers such as nope+rope:SSSL:16.", fromfile_prefix_chars="@")
+        "Train a model for each combination of flags of train.py, each with one or several values, "
+        "score all of them, and average over seeds.", fromfile_prefix_chars="@")
     add = parser.add_argument
     add("--out_dir", default="out/sweep", help="folder for the runs and the results")
     add("--jobs", type=flags.positive, help="runs at a time, each with one thread",
@@ -237,7 +236,7 @@ def main(argv=None):
         args.json = args.json or f"{args.out_dir}/sweep.json"
         args.plot = args.plot or f"{args.out_dir}/sweep.png"
         report.check_outputs(args)
-        _, by_hand = parser.parse_known_args([word for word in words if word[0] != "@"])
+        _, by_hand = parser.parse_known_args([word for word in words if word[:1] != "@"])
         runs, failed = train_and_score(args, values_by_flag(rest), values_by_flag(by_hand))
     scores = groups.scores_of(runs)
     found = groups_of(runs, scores)
