@@ -79,7 +79,7 @@ def bias(pe, learned, m, n):
         return -learned["r1"] * torch.log(1 + learned["r2"] * distance)
     if pe == "fire":
         def psi(x):
-            return math.log(abs(learned["c"]) * x + 1)
+            return torch.log(abs(learned["c"]) * x + 1)
         x = psi(distance) / (psi(max(m, abs(learned["multiplier"] * L))) + 1e-6)
         hidden = (learned["weight_1"] * x + learned["bias_1"]).clamp(min=0)
         return learned["weight_2"] @ hidden + learned["bias_2"]
@@ -148,26 +148,17 @@ def test_an_embedding_equals_its_formula_token_by_token(pe):
 
 
 @pytest.mark.parametrize("pe", ["t5", "kerple", "fire"])
-def test_gradients_of_learned_biases_equal_finite_differences_of_the_reference(pe):
+def test_gradients_of_learned_biases_equal_those_of_the_reference(pe):
     encoding, learned = encoding_of(pe)
-    positions, step = torch.arange(9), 1e-6
-    mix = torch.randn(HEADS, 9, 9, dtype=torch.float64).tril()
+    positions, mix = torch.arange(9), torch.randn(HEADS, 9, 9, dtype=torch.float64).tril()
     (encoding.bias(positions, positions) * mix).sum().backward()
-
-    def total():
-        return sum(float((mix[:, m, n] * bias(pe, learned, m, n)).sum())
-                   for m in range(9) for n in range(m + 1))
-
+    for value in learned.values():
+        value.requires_grad_()
+    sum((mix[:, m, n] * bias(pe, learned, m, n)).sum()
+        for m in range(9) for n in range(m + 1)).backward()
     for name, parameter in encoding.named_parameters():
-        flat = learned[name].view(-1)
-        for i in range(0, len(flat), max(1, len(flat) // 4)):  # some of each kind
-            start, sums = flat[i].item(), []
-            for value in (start + step, start - step, start):
-                flat[i] = value
-                sums.append(total())
-            expected = (sums[0] - sums[1]) / (2 * step)
-            found = parameter.grad.view(-1)[i].item()
-            assert found == pytest.approx(expected, rel=1e-3, abs=1e-4), (name, i)
+        expected = learned[name].grad
+        torch.testing.assert_close(parameter.grad.double(), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("pe", ["sinusoidal", "rope", "prope", "hope", "alibi"])
@@ -224,32 +215,20 @@ def test_hope_cutoff_counts_turns_inside_the_context(cutoff):
 
 
 def test_prope_keeps_the_fastest_int_of_p_d_over_2_pairs_and_does_not_respread_them():
-    for head_dim, p in [(256, 0.75), (64, 0.25), (10, 0.5)]:
+    for head_dim, p in [(256, 0.75), (64, 0.25), (10, 0.5), (64, 1.0), (64, 0.0)]:
         kept = int(p * head_dim // 2)
         theta = spectrum(head_dim, "prope", prope_fraction=p)
         assert torch.equal(theta[:kept], spectrum(head_dim)[:kept])
         assert (theta[kept:] == 0).all()
 
 
-def logits_of(pe, **changes):
-    """What a tiny model gives for 40 tokens, always the same ones."""
-    idx = torch.arange(80).view(2, 40) % 50
-    return all_logits(tiny(pe, **changes), idx)
-
-
-def test_prope_with_p_1_is_rope_and_with_p_0_is_nope():
-    assert torch.equal(logits_of("prope", prope_fraction=1.0), logits_of("rope"))
-    yarn = dict(rope_scaling="yarn", rope_factor=4.0)  # its temperature is for layers that rotate
-    for changes in ({}, yarn):
-        assert torch.equal(logits_of("prope", prope_fraction=0.0, **changes), logits_of("nope"))
-    half = logits_of("prope", prope_fraction=0.5)
-    assert not torch.allclose(half, logits_of("rope"), atol=1e-3)
-
-
 def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope():
-    assert torch.equal(logits_of("hope", block_size=10**6), logits_of("rope"))
-    assert torch.equal(logits_of("hope", block_size=6), logits_of("nope"))
-    assert not torch.allclose(logits_of("hope"), logits_of("rope"), atol=1e-3)
+    idx = torch.randint(50, (2, 40))
+    rope, nope, hope, long, short = (all_logits(tiny(pe, **changes), idx) for pe, changes in (
+        ("rope", {}), ("nope", {}), ("hope", {}), ("hope", dict(block_size=10**6)),
+        ("hope", dict(block_size=6))))
+    assert torch.equal(long, rope) and torch.equal(short, nope)
+    assert not torch.allclose(hope, rope, atol=1e-3)
 
 
 # --- scalings
@@ -348,15 +327,6 @@ def test_a_later_token_never_changes_an_earlier_logit(pe):
         after = all_logits(model, other)
         torch.testing.assert_close(after[:, :changed], before[:, :changed])
         assert not torch.allclose(after[:, changed], before[:, changed], atol=1e-3)
-
-
-@pytest.mark.parametrize("pe", PE)
-def test_the_order_of_earlier_tokens_counts_with_every_encoding_but_nope(pe):
-    """In one layer, where the causal mask tells nothing about them."""
-    model, idx = tiny(pe, n_layer=1), torch.randint(50, (1, 20))
-    swapped = idx[:, [3, 1, 2, 0, *range(4, 20)]]
-    same = torch.allclose(model(idx)[0], model(swapped)[0], atol=1e-4)
-    assert same == (pe == "nope")
 
 
 # A number of bfloat16 has 8 bits of mantissa (relative rounding error up to 2^-9), one of float16

@@ -200,39 +200,31 @@ def dropped(x, expected, p):
 
 @pytest.mark.parametrize("p", [0.2, 0.6])
 def test_dropout_acts_on_embeddings_and_on_the_outputs_of_attention_and_mlp(p):
-    model, idx = tiny("nope", dropout=p, n_layer=1).train(), torch.randint(50, (8, 32))
-    block, places = model.transformer.h[0], {}  # place -> what dropout reads, and what it gives
-
-    def keep(name):
-        module = getattr(block, name)
-        module.c_proj.register_forward_hook(lambda _, args, out: places.update({name: [out]}))
-        module.register_forward_hook(lambda _, args, out: places[name].append(out))
-
-    keep("attn")
-    keep("mlp")
-    block.register_forward_pre_hook(
-        lambda _, args: places.update(embedding=[model.transformer.wte(idx), args[0]]))
-    model(idx)
-    assert places.keys() == {"embedding", "attn", "mlp"}
+    model, places = tiny("nope", dropout=p, n_layer=1).train(), {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(
+                lambda _, args, out, name=name: places.update({name: (args[0], out)}))
+    model(torch.randint(50, (8, 32)))
+    layer = "transformer.h.0."
+    assert sorted(places) == [
+        "transformer.drop", layer + "attn.resid_dropout", layer + "mlp.dropout"]
     for name, (before, after) in places.items():
         assert dropped(after, before, p), name
 
 
 @pytest.mark.parametrize("p", [0.2, 0.6])
-def test_dropout_acts_on_attention_weights_one_by_one(p):
-    """With equal keys and values of 1, an output is the sum of the weights 1 / n that stay."""
+def test_dropout_acts_on_attention_weights(p):
+    """The first token has one weight, 1. With values of 1, an output is 0 or 1 / (1 - p)."""
     model, outputs = tiny("nope", dropout=p, n_layer=1).train(), []
     attn = model.transformer.h[0].attn
     with torch.no_grad():
         attn.c_attn.weight.zero_()
-        attn.c_attn.bias.copy_(torch.cat((torch.zeros(64), torch.ones(32))))
+        attn.c_attn.bias.fill_(1.0)
     attn.c_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-    model(torch.randint(50, (2000, 2)))
-    first, second = outputs[0][:, :, [0, 16]].unbind(1)  # (2000, 2): a number per head
-    assert dropped(first, torch.ones(2000, 2), p)
-    stay = second * (1 - p) * 2  # of two weights: 0, 1 or 2
-    torch.testing.assert_close(stay, stay.round(), atol=1e-5, rtol=0)
-    assert abs(stay.mean().item() / 2 - (1 - p)) < 5 * math.sqrt(p * (1 - p) / 8000)
+    model(torch.randint(50, (4000, 1)))
+    one_per_head = outputs[0][:, 0, [0, 16]]
+    assert dropped(one_per_head, torch.ones(4000, 2), p)
 
 
 def test_dropout_is_off_in_evaluation():
@@ -294,16 +286,11 @@ def test_generation_follows_the_seed_and_samples_within_top_k():
     assert set(texts[:, -1].tolist()) == set(best_three)
 
 
-def test_temperature_divides_the_logits_and_sampling_keeps_no_gradients():
-    model, idx, texts, gradients = tiny("hope"), torch.randint(50, (1, 5)), [], []
+def test_sampling_keeps_no_gradients():
+    model, gradients = tiny("hope"), []
     model.lm_head.register_forward_hook(lambda _, args, out: gradients.append(out.requires_grad))
-    for temperature, scale in ((1 / 64, 1), (1, 64), (1, 1)):
-        with torch.no_grad():
-            model.transformer.ln_f.weight.fill_(scale)  # whose bias is 0: logits are multiplied
-        torch.manual_seed(1)
-        texts.append(model.generate(idx, 30, temperature))
-    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
-    assert not any(gradients)
+    model.generate(torch.randint(50, (1, 5)), 3)
+    assert gradients == [False] * 3
 
 
 def test_of_equal_logits_no_more_than_top_k_are_drawn():
@@ -390,11 +377,8 @@ def test_one_graph_serves_all_lengths_and_attention_is_causal_by_a_plain_bool(pe
 def test_compiled_model_gives_the_same_logits_and_gradients(pe):
     model, idx = tiny(pe), torch.randint(50, (2, 32))
     logits, loss = model(idx, idx)
-    loss.backward()
-    gradients = [p.grad.clone() for p in model.parameters()]
-    model.zero_grad()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
     compiled_logits, compiled_loss = torch.compile(model)(idx, idx)
-    compiled_loss.backward()
+    compiled = torch.autograd.grad(compiled_loss, list(model.parameters()))
     torch.testing.assert_close(compiled_logits, logits, atol=1e-4, rtol=0)
-    for parameter, gradient in zip(model.parameters(), gradients):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(compiled, gradients, atol=1e-4, rtol=1e-3)
