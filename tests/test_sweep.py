@@ -77,7 +77,8 @@ def test_a_folder_with_a_run_of_other_flags_is_refused(dataset, tmp_path):
 def tiny_config(dataset, tmp_path):
     """A file of flags, for @FILE."""
     path = tmp_path / "tiny"
-    path.write_text(shlex.join([*TINY_FLAGS, "--max_iters", "100", "--dataset", dataset]))
+    path.write_text(shlex.join([*TINY_FLAGS, "--max_iters", "100", "--eval_interval", "20",
+                                "--dataset", dataset]))
     return f"@{path}"
 
 
