@@ -1,9 +1,5 @@
-"""
-The encodings of model.py against references that share no code with it: complex numbers for
-rotations, plain loops for the rest.
-
-    python -m pytest tests/test_encodings.py
-"""
+"""The encodings of model.py against references that share no code with it: complex numbers for
+rotations, plain loops for the rest."""
 import cmath
 import math
 

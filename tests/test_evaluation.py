@@ -1,10 +1,6 @@
-"""
-Scores beyond the trained context: one pass equals many, buckets, errors, scalings, tables, JSON.
+"""Scores beyond the trained context: one pass equals many, buckets, errors, scalings, tables.
 
-    python -m pytest tests/test_evaluation.py
-
-The expected numbers are computed by hand, for models that predict the same everywhere.
-"""
+The expected numbers are computed by hand, for models that predict the same everywhere."""
 import json
 import math
 import sys

@@ -1,8 +1,5 @@
-"""
-The network around the encodings: GPT-2 to the letter, layers that differ, the cache, generation,
-settings, compile.
+"""The network around the encodings: GPT-2 to the letter, layers that differ, cache, generation.
 
-    python -m pytest tests/test_model.py
     python -m pytest tests/test_model.py -m slow          torch.compile with its real compiler
 """
 import itertools

@@ -1,8 +1,4 @@
-"""
-AdamW, Muon, which of them has which weights, and their rates over time.
-
-    python -m pytest tests/test_optimizer.py
-"""
+"""AdamW, Muon, which of them has which weights, and their rates over time."""
 import pytest
 import torch
 
@@ -132,20 +128,11 @@ def test_muon_computes_in_bfloat16_only_if_the_model_does():
     assert found == [torch.float32, torch.float32, torch.bfloat16]
 
 
-def test_muon_moves_all_directions_of_a_matrix_by_its_rate_and_adamw_the_rest_by_its_own():
-    model, idx = tiny("hope", n_embd=64), torch.randint(50, (4, 20))
-    config = OptimizerConfig(warmup_iters=0, lr_decay_iters=10, weight_decay=0.0,
-                             learning_rate=1e-3)
-    both = optimizer.make_optimizers(model, config, torch.device("cpu"))
-    before = {name: value.clone() for name, value in model.named_parameters()}
-    model(idx, idx)[1].backward()
-    assert optimizer.set_learning_rate(both, 0, config) == pytest.approx(1e-3)
-    for each in both:
-        each.step()
-    moved = {name: value.detach() - before[name] for name, value in model.named_parameters()}
-    singular = torch.linalg.svdvals(moved["transformer.h.0.attn.c_proj.weight"])
-    assert 0.5 * 0.03 < singular.median() and singular.max() < 1.3 * 0.03  # approximate by design
-    assert moved["transformer.ln_f.weight"].abs().max().item() == pytest.approx(1e-3, rel=1e-2)
-    optimizer.set_learning_rate(both, 10, config)  # the end of the schedule: a tenth of both
-    rates = [group["lr"] for each in both for group in each.param_groups]
-    assert rates == pytest.approx([1e-4, 1e-4, 3e-3, 3e-3])
+def test_adamw_and_muon_follow_one_schedule_each_at_its_own_rate():
+    config = OptimizerConfig(warmup_iters=0, lr_decay_iters=10, learning_rate=1e-3)
+    both = optimizer.make_optimizers(tiny("hope"), config, torch.device("cpu"))
+    for step, share in ((0, 1), (10, 0.1)):
+        rate = optimizer.set_learning_rate(both, step, config)
+        rates = [group["lr"] for each in both for group in each.param_groups]
+        assert rates == pytest.approx([rate, rate, 3e-2 * share, 3e-2 * share])
+        assert rate == pytest.approx(1e-3 * share)
