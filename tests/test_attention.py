@@ -109,6 +109,13 @@ def test_a_pair_with_a_planted_norm_is_where_the_norms_say():
         assert found[f"norm/{name}"][layer].max() < 2 * found[f"norm/{name}"][layer].median()
 
 
+def test_norms_are_those_of_tokens_within_L():
+    model, windows = tiny("rope", block_size=L), torch.randint(50, (1, 2 * L))
+    whole, cut = (attention.measure(model, part, position_bins(L, part.size(1)))
+                  for part in (windows, windows[:, :L]))
+    torch.testing.assert_close(whole["norm/k"], cut["norm/k"])
+
+
 @pytest.mark.parametrize("pe", ["hope", "alibi"])
 def test_a_layer_with_a_window_has_statistics_of_its_window_only(pe):
     """The window is a bool mask for hope and part of the bias for alibi. It is 8 of L = 32."""
