@@ -199,38 +199,5 @@ def at_batch(monkeypatch):
     return at
 
 
-def closed_pipe():
-    """A stdout that nobody reads any more: every line fails."""
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w", buffering=1)
-
-
 def full_disk(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-# --- until the files that use them are changed
-
-
-def damaged(saved):
-    """A nested dict -> yield (keys, copy), in which the value at these keys is absent or of another type."""
-    for name, value in saved.items():
-        yield (name,), {key: kept for key, kept in saved.items() if key != name}
-        yield from (((name,), {**saved, name: other}) for other in (None, 5, "text", [], {})
-                    if not isinstance(other, type(value)))
-        if isinstance(value, dict):
-            yield from (((name, *keys), {**saved, name: copy}) for keys, copy in damaged(value))
-
-
-def unwritable(kind):
-    """A stdout of which every line fails: "pipe" that nobody reads any more, "full" disk, "closed" with >&-."""
-    if kind == "closed":
-        return None
-    if kind == "full" and not os.path.exists("/dev/full"):
-        pytest.skip("there is no /dev/full")
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open("/dev/full", "w", buffering=1) if kind == "full" else os.fdopen(writer, "w", buffering=1)
-
-

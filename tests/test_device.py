@@ -22,7 +22,6 @@ from tests.conftest import (
     PROJECT,
     TINY_FLAGS,
     assert_same_run,
-    assert_same_weights,
     log,
     processes,
     resumed,
@@ -30,10 +29,6 @@ from tests.conftest import (
 )
 
 # --- devices and number formats
-
-
-def test_auto_is_the_cpu_where_there_is_no_gpu():
-    assert pick_device("auto") == torch.device("cpu")
 
 
 @pytest.mark.parametrize("name, local_rank, named", [
@@ -101,15 +96,14 @@ def test_a_signal_completes_the_step_saves_and_prints_how_to_continue(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("given, last", [(("--max_iters", "8"), 8), (("--eval_interval", "4"), 10),
-                                         (("--log_interval", "8"), 10)])
-def test_a_run_that_was_stopped_between_evaluations_may_evaluate_as_soon_as_it_is_resumed(
-        dataset, tmp_path, at_batch, refused, given, last):
+def test_a_run_that_was_stopped_between_evaluations_can_end_there(dataset, tmp_path, at_batch,
+                                                                  refused):
     at_batch(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         run(dataset, tmp_path, "--max_iters", "10")
-    assert resumed(tmp_path, *given)["iter"] == last
-    assert log(tmp_path)[-1]["iter"] == last and log(tmp_path)[-1]["train_loss"] > 0
+    resumed(tmp_path, "--max_iters", "8")
+    last = log(tmp_path)[-1]
+    assert last["iter"] == 8 and last["val_loss"] > 0 and last["train_loss"] > 0
 
 
 def test_a_second_ctrl_c_does_not_wait(dataset, tmp_path, at_batch, refused):
@@ -178,15 +172,22 @@ def run_by_two(*arguments):
     return [process.exitcode for process in ranks]
 
 
+def run_by_torchrun(*arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    ended = subprocess.run([*command, PROJECT / "train.py", *arguments], timeout=120,
+                           stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [ended.returncode] * 2
+
+
 FOUR = "--max_iters 10 --gradient_accumulation_steps 4 --learning_rate 2e-3".split()
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_two_processes_take_the_steps_of_one(dataset, tmp_path, optimizer):
-    given = [*FOUR, "--optimizer", optimizer, "--muon_learning_rate", "2e-3"]
+@pytest.mark.parametrize("run_two", [run_by_two, run_by_torchrun], ids=["", "torchrun"])
+def test_two_processes_take_the_steps_of_one(dataset, tmp_path, run_two):
+    given = [*FOUR, "--muon_learning_rate", "2e-3"]
     one = run(dataset, tmp_path / "one", *given)
-    assert run_by_two(*TINY_FLAGS, *given, "--dataset", dataset,
-                      "--out_dir", str(tmp_path / "two")) == [0, 0]
+    assert run_two(*TINY_FLAGS, *given, "--dataset", dataset,
+                   "--out_dir", str(tmp_path / "two")) == [0, 0]
     two = load_checkpoint(tmp_path / "two" / "ckpt.pt")
     for ours, theirs in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
         assert ours.keys() == theirs.keys()
@@ -212,15 +213,3 @@ def test_two_processes_resumed_end_with_the_weights_of_an_uninterrupted_run(data
 def test_processes_that_cannot_share_the_micro_batches_evenly_are_refused(dataset, tmp_path):
     assert run_by_two(*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path),
                       "--gradient_accumulation_steps", "3") == [2, 2]
-
-
-def test_torchrun_starts_such_processes(dataset, tmp_path):
-    given = [*TINY_FLAGS, *FOUR, "--dataset", dataset, "--max_iters", "3"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-               PROJECT / "train.py", *given, "--out_dir", tmp_path / "torchrun"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert ended.returncode == 0, ended.stderr
-    assert run_by_two(*given, "--out_dir", str(tmp_path / "two")) == [0, 0]
-    assert_same_weights(*(load_checkpoint(tmp_path / name / "ckpt.pt")
-                          for name in ("torchrun", "two")))
