@@ -1,18 +1,12 @@
 """
-Pictures about encodings alone, that need no training or just a trained model:
+Pictures about rotary encodings alone, that need no trained model:
 
     python -m experiments.figures idea --plot idea.png
-    python -m experiments.figures encodings out/rope out/alibi --plot logit.png
     python -m experiments.figures theory --json theory.json --plot theory.png
 
 idea: a circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles at distances up to
 L. Hatched: the rest, which RoPE enters beyond L. The pairs that HoPE does not rotate stay at
 angle 0.
-
-encodings: one panel per run, or one per kind of layer: the bias itself, one line per head; of a
-rotary encoding the logit of a query and a key of all ones, 2 / sqrt(D) sum_j cos(distance theta_j);
-of what is added to the embeddings the dot product at two positions, over the mean square, averaged
-over positions.
 
 theory: statements about a single head, shown by construction (1 to 3: Round and Round We Go!,
 arXiv 2410.06205):
@@ -33,7 +27,6 @@ import torch
 from torch.nn import functional as F
 
 from common import flags, report
-from common.checkpoint import load_model
 from experiments.output import rounded, save_picture
 from model import GPTConfig, HoPE, RoPE, rotate
 
@@ -83,61 +76,6 @@ def draw_idea(config, path):
     figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, handles=[
         Patch(facecolor="dimgray", label=f"angles seen within the trained context, L = {L} tokens"),
         Patch(facecolor="white", edgecolor="gray", hatch="////", label="never seen in training")])
-    save_picture(figure, path)
-
-
-# --- What encodings add to the logit --------------------------------------------------------------
-
-
-@torch.no_grad()
-def logit_by_distance(pe, config, length):
-    """An encoding of a GPTConfig -> what it adds, and that at distances 0 ... length - 1
-    (lines, length), nan if undefined."""
-    pos = torch.arange(length)
-    bias, rotary = pe.bias(pos[-1:], pos), pe.rotary(pos)
-    if bias is not None:
-        return "bias per head", bias[:, 0].flip(-1)  # (H, length)
-    if rotary is not None:
-        ones = torch.ones(1, 1, length, config.n_embd // config.n_head)
-        rotated = rotate(ones, *rotary)[0, 0]  # (length, D)
-        return "logit of ones", (rotated @ rotated[0] / math.sqrt(rotated.size(-1)))[None]
-    known = pos[:pe.max_length or length]
-    added = pe.embed(torch.zeros(1, len(known), config.n_embd), known)[0]  # (known, C)
-    products = added @ added.T / added.pow(2).sum(-1).mean().clamp(min=1e-9)
-    line = torch.stack([products.diagonal(-distance).mean() for distance in known.tolist()])
-    return "dot product", F.pad(line, (0, length - len(known)), value=math.nan)[None]
-
-
-def panels_of(models):
-    """-> (model, kind of layer, its name) for each panel: two for a model whose layers differ."""
-    panels = []
-    for model in models:
-        kinds = sorted(set(model.config.kinds()), reverse=True)
-        for kind in kinds:
-            where = {"S": ", short windows", "L": ", full layers"}[kind] if len(kinds) > 1 else ""
-            panels.append((model, kind, model.configs[kind].pe + where))
-    return panels
-
-
-def draw_encodings(models, max_factor, path):
-    """One panel per model and kind of layer; a line of short-window layers ends with the window."""
-    panels = panels_of(models)
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    figure, axes = report.import_pyplot().subplots(
-        rows, columns, figsize=(9.5, 2.6 * rows), squeeze=False, layout="constrained")
-    for axis in axes.flat[len(panels):]:
-        axis.axis("off")
-    for axis, (model, kind, name) in zip(axes.flat, panels):
-        config, length = model.configs[kind], max_factor * model.config.block_size
-        what, lines = logit_by_distance(model.encodings[kind], config, length)
-        end = config.window if kind == "S" and config.window else length
-        axis.plot(lines[:, :end].T, color=report.STYLES[config.pe][0], linewidth=1.2)
-        axis.axvline(config.block_size, color="gray", linestyle=":")
-        axis.set_xlim(-0.04 * length, 1.04 * length)
-        axis.set_xticks([0, config.block_size, length], ["0", "L", f"{max_factor} L"])
-        axis.set_title(f"{name}\n{what}", fontsize=11)
-    figure.supxlabel("distance between query and key (tokens)", fontsize="medium")
     save_picture(figure, path)
 
 
@@ -233,32 +171,24 @@ def draw_statements(found, path):
 
 
 def main(argv=None):
-    parser = flags.ArgumentParser("Pictures about encodings (need matplotlib).")
-    add = parser.add_argument
-    add("what", choices=("idea", "encodings", "theory"), help="the picture")
-    add("runs", nargs="*", metavar="OUT_DIR", help="encodings: runs' folders or checkpoints")
-    add("--head_dim", type=flags.positive, default=32, help="idea, theory: channels of the head")
+    parser = flags.ArgumentParser("Pictures about rotary encodings (need matplotlib).")
+    parser.add_argument("what", choices=("idea", "theory"), help="the picture")
+    parser.add_argument("--head_dim", type=flags.positive, default=32, help="channels of the head")
     flags.add_flags(parser, GPTConfig, "block_size", "rope_base", "hope_cutoff")
-    add("--max_factor", type=flags.positive, default=4, help="encodings: longest distance, in "
-        "multiples of L")
     report.add_output_flags(parser, "the picture")
     args = parser.parse_args(argv)
     args.plot = args.plot or f"{args.what}.png"
     report.check_outputs(args)
-    if (args.what == "encodings") != bool(args.runs):
-        raise ValueError("encodings needs runs' folders, the other pictures need none")
     config = GPTConfig(n_embd=args.head_dim, n_head=1, block_size=args.block_size,
                        rope_base=args.rope_base, hope_cutoff=args.hope_cutoff)
     if args.what == "idea":
         draw_idea(config, args.plot)
-    elif args.what == "encodings":
-        draw_encodings([load_model(run) for run in args.runs], args.max_factor, args.plot)
-    else:
-        found = statements(RoPE(config).theta)
-        if args.json:
-            report.write_json(args.json, "-m experiments.figures", rounded(
-                {"seed": 1, "device": "cpu", **found}, 4))
-        draw_statements(found, args.plot)
+        return
+    found = statements(RoPE(config).theta)
+    if args.json:
+        report.write_json(args.json, "-m experiments.figures", rounded(
+            {"seed": 1, "device": "cpu", **found}, 4))
+    draw_statements(found, args.plot)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from experiments import figures
 from experiments.attention import attention_inputs, logits_of
-from model import alibi_slopes, frequencies, rotate
+from model import frequencies, rotate
 from tests.conftest import tiny
 
 
@@ -41,44 +41,6 @@ def test_the_idea_is_drawn_with_the_pairs_that_the_model_rotates(monkeypatch, tm
     rope = theta_of(32)[::2].tolist()
     assert drawn == rope + [theta if 2 * math.pi / theta <= 128 else 0 for theta in rope]
     assert (tmp_path / "idea.png").stat().st_size > 1000
-
-
-# --- what encodings add to the logit
-
-
-def by_distance(model, kind="L"):
-    return figures.logit_by_distance(model.encodings[kind], model.configs[kind], 100)
-
-
-def test_what_an_encoding_adds_is_drawn_as_it_is():
-    kind, lines = by_distance(tiny("alibi"))
-    assert kind.startswith("bias")
-    torch.testing.assert_close(lines, -alibi_slopes(2)[:, None] * torch.arange(100.0))
-    for pe in ("rope", "hope", "prope"):
-        model, theta = tiny(pe), torch.zeros(8)
-        theta[:len(model.transformer.wpe.theta)] = model.transformer.wpe.theta
-        expected = 2 / math.sqrt(16) * torch.cos(torch.arange(100)[:, None] * theta).sum(-1)
-        torch.testing.assert_close(by_distance(model)[1][0], expected, atol=1e-4, rtol=0)
-    line = by_distance(tiny("learned"))[1][0]
-    assert line[:32].isfinite().all() and line[32:].isnan().all()
-    assert line[0] == pytest.approx(1)
-    expected = torch.cos(torch.arange(100)[:, None] * theta_of(32)).mean(-1)
-    found = by_distance(tiny("sinusoidal"))[1][0]
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
-
-
-def test_layers_that_differ_are_drawn_one_by_one_and_end_with_their_window(monkeypatch):
-    pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(figures, "save_picture", lambda figure, path: drawn.append(figure))
-    models = [tiny("nope", local_pe="alibi", window_pattern="SL", window=7), tiny("rope")]
-    figures.draw_encodings(models, 2, "x.png")
-    panels = [panel for panel in drawn[0].axes if panel.get_title()]
-    assert [panel.get_title().split("\n")[0] for panel in panels] == [
-        "alibi, short windows", "nope, full layers", "rope"]
-    assert [len(panel.lines[0].get_ydata()) for panel in panels] == [7, 64, 64]
-    expected = -alibi_slopes(2)[1].item() * torch.arange(7.0)
-    assert panels[0].lines[1].get_ydata() == pytest.approx(expected.tolist())
 
 
 # --- statements about a single head
