@@ -104,6 +104,18 @@ def test_expected_tokens_are_the_models(i, runs, opened, windows, shown_window):
             assert not percent or text == tokenizer.decode([id]) or tie
 
 
+@pytest.mark.parametrize("token", [1, L, L + 1, 5 * L])
+def test_a_chosen_token_is_shown_with_what_each_run_expected(token, opened):
+    opened.run(f"choose({token})")
+    for i in (0, 1):
+        for part, key, first in ((1, "full", 1), (2, "local", L + 1))[:1 if token <= L else 2]:
+            shown = opened.run(f"$('detail').children[{i + 1}].children[{part}].children"
+                               ".slice(1).map(guess => guess.children[1].textContent)")
+            p = opened.run(f"runs[{i}].{key}.p.slice(5 * {token - first}, 5 * {token - first} + 5)")
+            percent = [int(re.sub(r"\D", "", text)) for text in shown]
+            assert percent == pytest.approx([x for x in p if x], abs=1)  # the right one is exact
+
+
 def test_positions_beyond_a_learned_encoding_are_called_undefined(opened):
     for token in (L, L + 1):
         opened.run(f"choose({token})")
@@ -172,10 +184,12 @@ def test_multiples_of_L_are_marked_and_the_page_says_how_it_was_made(opened, dat
                                            ("bpe", {"vocab_size": 265})])
 def test_hostile_text_is_escaped_in_the_file_and_shown_as_text(kind, options, tmp_path):
     """Characters are one token each; of byte pairs, some are parts of characters."""
+    folder = tmp_path / "<" / "script><!--"  # the page names it
+    folder.mkdir(parents=True)
     for i in range(8):
-        (tmp_path / f"{i}.txt").write_text(HOSTILE * (60 + i), encoding="utf-8")
-    dataset = data.prepare.prepare(str(tmp_path), kind, tmp_path / "data", **options)
-    opened = make([short_run(str(dataset), tmp_path / '<img src="x"> & co')], tmp_path)
+        (folder / f"{i}.txt").write_text(HOSTILE * (60 + i), encoding="utf-8")
+    dataset = data.prepare.prepare(str(folder), kind, folder / "data", **options)
+    opened = make([short_run(str(dataset), folder / '<img src="x"> & co')], tmp_path)
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script") == 2 and "<!--" not in html
     invisible = "[\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]"
