@@ -8,9 +8,9 @@ import torch
 
 import model as model_file
 from common.checkpoint import load_checkpoint, save_checkpoint
-from experiments import attention, figures
+from experiments import attention
 from experiments.attention import attention_inputs, logits_of, position_bins
-from model import PE, frequencies
+from model import PE, frequencies, rotate
 from tests.conftest import tiny
 
 L = 32
@@ -25,9 +25,10 @@ def constant_attention(pe="rope", distance=None):
             block.attn.c_attn.weight.zero_()
             block.attn.c_attn.bias.zero_()
             if distance is not None:
-                q = torch.ones(1, 32) * 3
-                k = figures.key_that_peaks_at(q, frequencies(32).float(), distance)
-                block.attn.c_attn.bias[:32], block.attn.c_attn.bias[64:96] = q[0], k[0]
+                q, angle = torch.full((1, 1, 1, 32), 3.0), distance * frequencies(32).float()
+                k = rotate(q, angle.cos()[None], angle.sin()[None])  # undone at that distance
+                block.attn.c_attn.bias[:32] = q.flatten()
+                block.attn.c_attn.bias[64:96] = k.flatten()
     return model
 
 

@@ -4,7 +4,6 @@ import json
 import pytest
 import torch
 
-from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig
 from experiments import recall, tasks
 from model import GPTConfig, NoPE
@@ -299,23 +298,9 @@ def test_needles_are_shuffled_passages_scored_from_their_middle(finished_run, mo
         assert torch.equal(needle, needles[0][1])  # the same at every distance
 
 
-def test_a_checkpoint_keeps_its_attn_scaling_unless_the_flag_is_given(
-        finished_run, tmp_path, monkeypatch):
-    checkpoint, used = load_checkpoint(finished_run), []
-    checkpoint["config"]["attn_scaling"] = "logn"
-    torch.save(checkpoint, tmp_path / "logn.pt")
-    monkeypatch.setattr(recall, "copy_in_text",
-                        lambda model, *rest: used.append(model.config.attn_scaling))
-    for given in ([], ["--attn_scaling", "none"]):
-        flags = [str(tmp_path / "logn.pt"), "--max_factor", "2", "--windows", "2", *given]
-        recall.test_language_models(recall.make_parser().parse_args(flags),
-                                    Device(DeviceConfig("cpu")))
-    assert used == 8 * ["logn"] + 8 * ["none"]
-
-
 @pytest.mark.parametrize("arguments, words", [
-    ("--pe hope:SL", "not an arrangement"), ("--block_size 38", "use 39 or more"),
-    ("--hard --block_size 56", "use 57 or more"), ("none", "no checkpoint")])
+    ("--pe hope:SL", "not an arrangement"), ("--block_size 25", "at least 26"),
+    ("none", "no checkpoint")])
 def test_mistakes_get_one_line_and_exit_code_2(arguments, words, fails):
     code, lines = fails(recall, arguments.split())
     assert code == 2 and len(lines) == 1 and words in lines[0], lines
