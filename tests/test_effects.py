@@ -93,17 +93,18 @@ def test_a_seed_counts_where_all_runs_that_an_effect_needs_are_there():
     assert row_of(result, "nll", ("encoding", "hope", "rope"))["seeds"] == [1, 2, 3]
     assert row_of(result, "nll", ("encoding", "nope", "rope"))["seeds"] == [1, 2]
     assert row_of(result, "nll", ("base", 100.0, 10000.0))["seeds"] == [1, 2]
+    for row in effects.effects_of(make_runs(seeds=(1,)))["nll"]:
+        assert row["stderr"] == row["p"] == [None, None]
 
 
 def test_runs_are_selected_by_their_levels():
     only = ["windows=none", "head size=64", "base=100", "encoding=rope,hope"]
     result = effects.effects_of(make_runs(), only)
     assert result["levels"] == {"encoding": ["rope", "hope"], "log-n": ["none", "logn"]}
-    by_seed = [statistics.fmean(loss(seed, 2, 100, "hope", 0, logn, 0)
-                                - loss(seed, 2, 100, "rope", 0, logn, 0) for logn in (0, 1))
-               for seed in SEEDS]
-    row = row_of(result, "nll", ("encoding", "hope", "rope"))
-    assert row["mean"][0] == pytest.approx(statistics.fmean(by_seed))
+    expected = [loss(seed, 2, 100, pe, 0, 1, 0) - loss(seed, 2, 100, pe, 0, 0, 0)
+                for seed in SEEDS for pe in ("hope", "rope")]
+    row = row_of(result, "nll", ("log-n", "logn", "none"))
+    assert row["mean"][0] == pytest.approx(statistics.fmean(expected))
 
 
 @pytest.mark.parametrize("only, words", [
