@@ -110,8 +110,7 @@ def test_the_loss_above_the_first_run_is_the_difference_on_the_same_tokens(tmp_p
 
 
 @pytest.mark.parametrize("order", [(8, 16), (16, 8)])
-def test_runs_that_differ_share_the_columns_of_the_shortest_context_with_a_note(
-        tmp_path, capsys, order):
+def test_runs_that_differ_share_the_columns_of_the_shorter_one(tmp_path, capsys, order):
     checkpoints = {f"L{size}": constant_checkpoint([1 / 4] * 4, size) for size in order}
     checkpoints["L8"]["iter"] = 1
     scored = evaluate(tmp_path, checkpoints, "ab" * 500, "--max_factor", "4")
@@ -146,8 +145,7 @@ def test_bits_per_character_count_the_characters_that_begin_in_the_predicted_tok
 # --- scalings
 
 
-def test_auto_gives_each_bucket_its_own_factor_and_the_trained_context_stays(
-        finished_run, tmp_path):
+def test_auto_gives_each_bucket_its_own_factor_and_changes_none_within_l(finished_run, tmp_path):
     eval_extrapolation.main([
         finished_run, "--max_factor", "4", "--windows", "3", "--rope_scaling", "none", "pi", "yarn",
         "--attn_scaling", "none", "logn", "--json", str(tmp_path / "r.json")])
