@@ -207,7 +207,7 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
     pytest.importorskip("matplotlib")
     checkpoints = {pe: random_checkpoint(pe) for pe in ("hope", "rope", "learned")}
     scored = evaluate(tmp_path, checkpoints, "abba" * 100, "--max_factor", "4",
-                      "--plot", str(tmp_path / "r.svg"))
+                      "--plot", str(tmp_path / "new" / "r.svg"))
     ppl, gain = capsys.readouterr().out.split("\n\n")[1:]
     for name, run in scored.items():
         assert (run["pe"], run["block_size"], run["seed"]) == (name, 16, 1)
@@ -216,7 +216,7 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
             expected = [cell(bucket, key, digits) for bucket in run["buckets"]]
             assert [text.strip() for text in line.split("  ")[1:] if text] == expected
     assert "[0, 16)" in ppl and "[32, 64)" in ppl
-    assert (tmp_path / "r.svg").read_text().count("<!-- learned -->") == 1  # in the legend
+    assert (tmp_path / "new" / "r.svg").read_text().count("<!-- learned -->") == 1  # in the legend
 
 
 def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
