@@ -27,12 +27,12 @@ def test_texts_follow_the_seed_and_several_samples_differ(sampled):
     assert first == texts[0] != second
 
 
-@pytest.mark.parametrize("given, factor", [("auto", 64 / 16), ("2", 2.0)])
-def test_one_factor_scales_the_whole_text(sampled, monkeypatch, given, factor):
+@pytest.mark.parametrize("given, new, factor", [("auto", 57, 4), ("auto", 3, 1), ("2", 57, 2)])
+def test_one_factor_scales_the_whole_text(sampled, monkeypatch, given, new, factor):
     used = []
     monkeypatch.setattr(sample, "load_model", lambda checkpoint, **overrides: (
         used.append(overrides) or load_model(checkpoint, **overrides)))
-    sampled("--start", "one two", "--max_new_tokens", "57", "--rope_scaling", "ntk",
+    sampled("--start", "one two", "--max_new_tokens", str(new), "--rope_scaling", "ntk",
             "--rope_factor", given, "--attn_scaling", "logn")
     assert used == [{"rope_scaling": "ntk", "rope_factor": factor, "attn_scaling": "logn"}]
 
