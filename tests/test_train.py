@@ -457,11 +457,13 @@ def test_a_resumed_run_refuses_to_compute_something_else(finished_run, fails):
 
 
 def test_a_resumed_run_may_go_on_for_longer_at_the_lowest_rate_and_evaluate_more_often(
-        finished_run, dataset, tmp_path, capsys):
-    shutil.copytree(finished_run, tmp_path / "run")
-    resumed(tmp_path / "run", "--max_iters", "14", "--eval_interval", "2", "--eval_iters", "3",
-            "--log_interval", "1", "--save_minutes", "1", "--keep_every", "7", "--device", "cpu")
-    lines = log(tmp_path / "run")
+        finished_run, dataset, tmp_path, monkeypatch, capsys):
+    """And its folder may have moved, here to the default one."""
+    shutil.copytree(finished_run, tmp_path / "out" / "default")
+    monkeypatch.chdir(tmp_path)
+    train.main("--resume --max_iters 14 --eval_interval 2 --eval_iters 3 --log_interval 1 "
+               "--save_minutes 1 --keep_every 7 --device cpu".split())
+    lines = log(tmp_path / "out" / "default")
     assert [line["iter"] for line in lines] == [0, 5, 10, 11, 12, 13, 14]
     assert [line["iter"] for line in lines if "val_loss" in line] == [0, 5, 10, 12, 14]
     assert lines[-1]["lr"] == pytest.approx(4e-3)
