@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import PE, ROTARY, GPTConfig, alibi_slopes, rotate, t5_bucket
+from model import PE, ROTARY, GPTConfig, alibi_slopes, frequencies, rotate, t5_bucket
 from tests.conftest import all_logits, tiny
 
 SCALINGS = ["none", "pi", "ntk", "yarn"]
@@ -100,6 +100,9 @@ def encoding_of(pe, **changes):
     """An encoding with learned values away from where they start, and these in float64."""
     sizes = dict(n_head=HEADS, n_embd=WIDTH, n_layer=1, block_size=L)
     encoding = tiny(pe, **{**sizes, **changes}).transformer.wpe
+    for parameter in encoding.parameters():
+        if parameter.dim() == 0:  # FIRE's c and multiplier, whose sign does not count
+            parameter.data.neg_()
     return encoding, {name: x.detach().double() for name, x in encoding.named_parameters()}
 
 
@@ -139,8 +142,6 @@ def test_an_embedding_equals_its_formula_token_by_token(pe):
                             for n, token in enumerate(row, start=30)]).view(2, 7, WIDTH)
     found = encoding.embed(x, positions)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-    rounded = encoding.to(torch.bfloat16).embed(x.to(torch.bfloat16), positions)
-    assert rounded.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("pe", ["t5", "kerple", "fire"])
@@ -197,7 +198,7 @@ def spectrum(head_dim, pe="rope", **changes):
     (128, 4096, 5e5, 32), (256, 8192, 1e4, 100)])
 def test_hope_keeps_as_many_pairs_as_the_paper_says(head_dim, block_size, base, kept):
     theta = spectrum(head_dim, "hope", block_size=block_size, rope_base=base)
-    assert theta.dtype == torch.float32 and theta.shape == (head_dim // 2,)
+    assert frequencies(head_dim).dtype == torch.float64  # rounding could change their number
     assert kept == kept_pairs("hope", base, block_size, head_dim)
     assert [t > 0 for t in theta.tolist()] == [True] * kept + [False] * (head_dim // 2 - kept)
 
