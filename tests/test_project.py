@@ -8,9 +8,11 @@ import ast
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import tomllib
@@ -64,7 +66,8 @@ MISTAKES = {
         ("{run} --max_factor 10000", "--max_factor"), ("{run} --text {tmp}/short.txt", "longer"),
         ("{run} --text {tmp}/none", "none"), ("{run} --dataset {other}", "tokenizer")],
     data.prepare: [
-        ("--source {tmp}/none", "none"), ("--source {tmp}/latin1.txt", "UTF-8"),
+        ("--source {tmp}/none", "none"), ("{tmp}/short.txt", "--help"),
+        ("--source {tmp}/latin1.txt", "UTF-8"),
         ("--source {tmp}/short.txt --out_dir {tmp}/set", "too few"),
         ("--source {tmp}/short.txt --out_dir {other}", "--out_dir")]}
 
@@ -97,6 +100,25 @@ def test_a_mistake_gets_one_line_and_an_exit_code_and_changes_nothing(
     assert code == 2 and len(lines) == 1 and "error: " in lines[0] and named in lines[0], lines
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+SCRIPTS = [path for name in ("*.py", "data/*.py", "experiments/*.py")
+           for path in sorted(PROJECT.glob(name)) if "__main__" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_that_is_started_by_its_path_runs_or_says_how_it_is_started(path, tmp_path):
+    """From any folder, and although another package has the name of ours."""
+    for name in ("common", "data"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    ended = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True,
+                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    if path.parent == PROJECT:
+        assert ended.returncode == 0 and ended.stdout.startswith("usage")
+    else:
+        [line] = ended.stderr.splitlines()
+        assert line.endswith(f"python -m {path.parent.name}.{path.stem}")
 
 
 # --- what is published can be repeated
