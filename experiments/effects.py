@@ -75,12 +75,12 @@ def p_value(t, degrees):
     return 2 * scale * torch.trapezoid(angle.cos().clamp(min=0) ** (degrees - 1), angle).item()
 
 
-def effect_of(grid, levels, comparison):
+def effect_of(grid, comparison):
     """A grid (a row per cell and seed, a column per range), and {factor: (level, reference)} ->
     the effect, or the interaction of several, as the JSON holds it."""
     for factor, (level, reference) in comparison.items():
         grid = grid.xs(level, level=factor) - grid.xs(reference, level=factor)
-    by_seed = grid.groupby("seed").mean(skipna=False).dropna()
+    by_seed = grid.groupby("seed").agg(lambda losses: losses.mean(skipna=False)).dropna()
     mean, stderr = by_seed.mean(), by_seed.sem()
     p = (mean / stderr).map(lambda t: p_value(t, max(len(by_seed) - 1, 1)))
     return {"factors": list(comparison), "levels": list(map(list, comparison.values())),
@@ -101,13 +101,10 @@ def effects_of(runs, only=()):
                          "their levels and seeds alone")
     levels = {name: sorted(scores[name].dropna().unique().tolist(), key=place)
               for name, place in FACTORS.items()}
-    if max(map(len, levels.values())) < 2:
-        only_one = ", ".join(f"{name} {as_text(*its)}" for name, its in levels.items() if its)
-        raise ValueError(f"there is nothing to compare: all runs have {only_one}")
     levels = {name: its for name, its in levels.items() if len(its) > 1}
+    if not levels:
+        raise ValueError("there is nothing to compare: no factor has two levels")
     seeds, index = sorted(scores["seed"].unique().tolist()), [*levels, "seed"]
-    if scores.duplicated([*index, "start"]).any():
-        raise ValueError("two runs have the same levels and seed: leave one out")
     single = [{name: (level, its[0])} for name, its in levels.items() for level in its[1:]]
     double = [a | b for a, b in itertools.combinations(single, 2) if a.keys() != b.keys()]
     cells = pd.MultiIndex.from_product([*levels.values(), seeds], names=index)
@@ -115,7 +112,7 @@ def effects_of(runs, only=()):
               "ranges": scores[["start", "end"]].drop_duplicates().to_numpy().tolist()}
     for measure in MEASURES:
         grid = scores.pivot(index=index, columns="start", values=measure).reindex(cells)
-        result[measure] = [effect_of(grid, levels, comparison) for comparison in single + double]
+        result[measure] = [effect_of(grid, comparison) for comparison in single + double]
     if not any(row["seeds"] for row in result["nll"]):
         raise ValueError("no seed has a run of every combination of levels: select with --only")
     return result
@@ -124,23 +121,21 @@ def effects_of(runs, only=()):
 def print_effects(result):
     columns = [*(f"[{start:,}, {end:,})" for start, end in result["ranges"]), "seeds"]
     for measure, words in MEASURES.items():
-        tables = {f"effects on the {words}": {},
-                  f"interactions larger than two standard errors: the {words}": {}}
+        rows = {}
         for row in result[measure]:
             numbers = list(zip(row["mean"], row["stderr"], row["p"]))
-            cells = [report.format_cell(mean, stderr) + (" *" if p is not None and p < 0.05 else "")
-                     for mean, stderr, p in numbers]
-            name = " x ".join(
-                f"{factor} {as_text(level)} - {as_text(reference)}"
-                for factor, (level, reference) in zip(row["factors"], row["levels"]))
-            effects, interactions = tables.values()
-            if len(row["factors"]) == 1:
-                effects[name] = [*cells, " ".join(map(str, row["seeds"]))]
-            elif any(stderr is not None and abs(mean) > 2 * stderr for mean, stderr, _ in numbers):
-                interactions[name] = [*cells, " ".join(map(str, row["seeds"]))]
-        for title, rows in tables.items():
-            report.print_table(f"{title}, in nats per token, ± standard error over seeds", columns,
-                               rows)
+            if len(row["factors"]) == 1 or any(
+                    stderr is not None and abs(mean) > 2 * stderr for mean, stderr, _ in numbers):
+                name = " x ".join(
+                    f"{factor} {as_text(level)} - {as_text(reference)}"
+                    for factor, (level, reference) in zip(row["factors"], row["levels"]))
+                cells = [report.format_cell(mean, stderr)
+                         + (" *" if p is not None and p < 0.05 else "")
+                         for mean, stderr, p in numbers]
+                rows[name] = [*cells, " ".join(map(str, row["seeds"]))]
+        report.print_table(
+            f"effects, and interactions larger than two standard errors, on the {words}, in nats "
+            "per token, ± standard error over seeds", columns, rows)
 
 
 def plot(result, path):

@@ -1,36 +1,18 @@
 """
-Pictures about rotary encodings alone, that need no trained model:
+The picture of RoPE and HoPE in README.md:
 
-    python -m experiments.figures idea --plot idea.png
-    python -m experiments.figures theory --json theory.json --plot theory.png
+    python -m experiments.figures --head_dim 64 --rope_base 100 --plot idea.png
 
-idea: a circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles at distances up to
-L. Hatched: the rest, which RoPE enters beyond L. The pairs that HoPE does not rotate stay at
-angle 0.
-
-theory: statements about a single head, shown by construction (1 to 3: Round and Round We Go!,
-arXiv 2410.06205):
-1. RoPE does not make attention decay with distance. For Gaussian queries and keys the expected
-   logit is 0 at every distance. It decays if query and key are equal, for example vectors of ones.
-2. A head can attend to any single distance r: with k = R^r q the logit is largest there.
-3. A head without positions gives equal tokens equal weights, so it cannot find the previous token
-   in a run of equal tokens. A head with rotation can.
-4. RoPE's base bounds the context in which a head prefers keys similar to its query (Base of RoPE
-   Bounds Context Length, arXiv 2405.14591). It does at distance m if sum_j cos(m theta_j) >= 0: the
-   smallest base for which this holds at all m <= L grows with L.
-
-Shapes: D channels of a head, P = D / 2 pairs, K of them rotated, N queries or samples.
+A circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles at distances up to L.
+Hatched: the rest, which RoPE enters beyond L. The pairs that HoPE does not rotate stay at angle 0.
 """
 import math
 
-import torch
 from torch.nn import functional as F
 
 from common import flags, report
-from experiments.output import rounded, save_picture
-from model import GPTConfig, HoPE, RoPE, rotate
-
-# --- The idea -------------------------------------------------------------------------------------
+from experiments.output import save_picture
+from model import GPTConfig, HoPE, RoPE
 
 
 def draw_pair(panel, theta, L, color):
@@ -62,7 +44,7 @@ def draw_idea(config, path):
     from matplotlib.patches import Patch
 
     L, rope, hope = config.block_size, RoPE(config).theta, HoPE(config).theta
-    hope = F.pad(hope, (0, len(rope) - len(hope)))  # (P,), 0: not rotated
+    hope = F.pad(hope, (0, len(rope) - len(hope)))  # (pairs,), 0: not rotated
     for part, name, theta, title in zip(figure.subfigures(2, 1), ("rope", "hope"), (rope, hope), (
             "RoPE: beyond L tokens, slow pairs enter angles never seen in training",
             "HoPE: rotates only the pairs that have seen the whole circle")):
@@ -79,116 +61,14 @@ def draw_idea(config, path):
     save_picture(figure, path)
 
 
-# --- Statements about a single head ---------------------------------------------------------------
-
-
-def rotation(theta, positions):
-    """Frequencies theta (K,), positions (T,) -> cos, sin (T, K), as model.rotate takes them."""
-    angle = positions[:, None] * theta
-    return angle.cos(), angle.sin()
-
-
-def logits_by_distance(q, k, theta, n_distances):
-    """Queries and keys (N, D) -> q . R(-r theta) k for keys r = 0, 1, ... tokens before the query
-    (N, distances)."""
-    turns = rotation(theta, -torch.arange(n_distances))
-    keys = rotate(k[:, None, None].expand(-1, 1, n_distances, -1), *turns)
-    return (q[:, None] * keys[:, 0]).sum(-1)  # (N, distances)
-
-
-def gaussian_logits(theta, n_distances, n_samples, seed=1):
-    """Independent Gaussian q and k -> logits / sqrt(D) (N, distances): mean 0, standard deviation 1
-    at any distance."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k = torch.randn(2, n_samples, 2 * len(theta), generator=generator)
-    return logits_by_distance(q, k, theta, n_distances) / math.sqrt(2 * len(theta))
-
-
-def key_that_peaks_at(q, theta, distance):
-    """k = R^r q: q (N, D) rotated forward by r = distance tokens, which the distance to a query
-    undoes. At that distance each pair adds |q_j|^2, its largest possible value."""
-    return rotate(q[:, None, None], *rotation(theta, torch.tensor([distance])))[:, 0, 0]
-
-
-def attention_in_a_run(theta, length, scale):
-    """The weights of the last of `length` equal tokens on all of them, by distance (length,).
-
-    The query is all ones times scale; the key peaks at distance 1. theta of zeros is NoPE."""
-    q = scale * torch.ones(1, 2 * len(theta))
-    k = key_that_peaks_at(q, theta, 1)
-    return (logits_by_distance(q, k, theta, length)[0] / math.sqrt(2 * len(theta))).softmax(-1)
-
-
-def smallest_base(length, n_pairs):
-    """-> the smallest base, in steps of 1 %, with sum_j cos(m theta_j) >= 0 at all distances
-    m <= length. It is no threshold: with a larger base the sum can be negative again."""
-    distance = torch.arange(length + 1, dtype=torch.float64)[:, None]
-    j, base = torch.arange(n_pairs, dtype=torch.float64), 1.0
-    while (distance * base ** (-j / n_pairs)).cos().sum(1).min() < 0:
-        base *= 1.01
-    return base
-
-
-def statements(theta, n_distances=256, n_samples=2000):
-    """Frequencies (K,) -> the statements in numbers, as the JSON holds them."""
-    random = gaussian_logits(theta, n_distances, n_samples)  # (N, distances)
-    ones, scales = torch.ones(1, 2 * len(theta)), [0.5 * i for i in range(17)]
-    q = torch.randn(1, 2 * len(theta), generator=torch.Generator().manual_seed(1))
-    peaks = {r: logits_by_distance(q, key_that_peaks_at(q, theta, r), theta, n_distances)[0]
-             for r in (0, 10, 50, 200)}
-    return {"gaussian_mean": random.mean(0).tolist(),
-            "gaussian_stderr": (random.std(0) / math.sqrt(n_samples)).tolist(),
-            "ones": (logits_by_distance(ones, ones, theta, n_distances)[0] / len(ones[0])).tolist(),
-            "peaks": {str(r): (peak / q.square().sum()).tolist() for r, peak in peaks.items()},
-            "scales": scales,
-            "previous": {name: [attention_in_a_run(angles, 32, scale)[1].item() for scale in scales]
-                         for name, angles in (("rope", theta), ("nope", 0 * theta))},
-            "smallest_base": {str(length): smallest_base(length, len(theta))
-                              for length in (64, 128, 256, 512, 1024)}}
-
-
-def draw_statements(found, path):
-    """The first three."""
-    figure, axes = report.import_pyplot().subplots(3, 1, figsize=(9, 8), layout="constrained")
-    mean, stderr = torch.tensor(found["gaussian_mean"]), torch.tensor(found["gaussian_stderr"])
-    axes[0].plot(found["ones"], color="gray", linestyle="--", label="q = k = ones")
-    axes[0].plot(mean, color="black", label="q, k Gaussian: mean ± 2 standard errors")
-    axes[0].fill_between(range(len(mean)), mean - 2 * stderr, mean + 2 * stderr, color="black",
-                         alpha=0.2)
-    axes[0].set(title="1. RoPE: no decay with distance in expectation", ylabel="logit")
-    for r, peak in found["peaks"].items():
-        axes[1].plot(peak, label=f"r = {r}", linewidth=1.2, marker="o", markevery=[int(r)])
-    axes[1].set(title="2. RoPE: a key made for distance r is found there", ylabel="logit / |q|²",
-                xlabel="distance between query and key (tokens)")
-    for name, weights in found["previous"].items():
-        color, marker = report.STYLES[name]
-        axes[2].plot(found["scales"], weights, label=name, color=color, marker=marker)
-    axes[2].set(title="3. The previous one of 32 equal tokens: RoPE can find it, NoPE cannot",
-                xlabel="size of the entries of q and k", ylabel="attention weight")
-    for panel in axes:
-        panel.legend()
-    save_picture(figure, path)
-
-
 def main(argv=None):
-    parser = flags.ArgumentParser("Pictures about rotary encodings (need matplotlib).")
-    parser.add_argument("what", choices=("idea", "theory"), help="the picture")
+    parser = flags.ArgumentParser("A picture of RoPE and HoPE (needs matplotlib).")
     parser.add_argument("--head_dim", type=flags.positive, default=32, help="channels of the head")
     flags.add_flags(parser, GPTConfig, "block_size", "rope_base", "hope_cutoff")
-    report.add_output_flags(parser, "the picture")
+    parser.add_argument("--plot", default="idea.png", metavar="FILE.png", help="the picture")
     args = parser.parse_args(argv)
-    args.plot = args.plot or f"{args.what}.png"
-    report.check_outputs(args)
-    config = GPTConfig(n_embd=args.head_dim, n_head=1, block_size=args.block_size,
-                       rope_base=args.rope_base, hope_cutoff=args.hope_cutoff)
-    if args.what == "idea":
-        draw_idea(config, args.plot)
-        return
-    found = statements(RoPE(config).theta)
-    if args.json:
-        report.write_json(args.json, "-m experiments.figures", rounded(
-            {"seed": 1, "device": "cpu", **found}, 4))
-    draw_statements(found, args.plot)
+    draw_idea(GPTConfig(n_embd=args.head_dim, n_head=1, block_size=args.block_size,
+                        rope_base=args.rope_base, hope_cutoff=args.hope_cutoff), args.plot)
 
 
 if __name__ == "__main__":

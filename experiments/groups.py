@@ -71,7 +71,7 @@ NO_SETTING = ("out_dir", "resume", "device", "compile", "log_interval", "save_in
 # Those and what name_of says are not added to the name of a group.
 NOT_IN_NAMES = (*NO_SETTING, "pe", "local_pe", "window_pattern", "window", "seed")
 SCALING_FLAGS = ("rope_scaling", "rope_factor", "attn_scaling")  # set by the evaluation
-FOLLOWS = {"learning_rate": "min_lr", "max_iters": "lr_decay_iters"}  # unless they are given
+FOLLOWERS = ("min_lr", "lr_decay_iters")  # of learning_rate and max_iters, unless they are given
 
 
 def network_of(settings):
@@ -102,7 +102,7 @@ def group_names(settings):
     Those that differ in their seed alone have the same name."""
     names = [name_of(network_of(its)) for its in settings]
     every = dict.fromkeys(flag for its in settings for flag in its)
-    for flag in sorted(every, key=lambda flag: flag in FOLLOWS.values()):
+    for flag in sorted(every, key=lambda flag: flag in FOLLOWERS):
         longer = [with_flag(name, flag, its.get(flag)) for name, its in zip(names, settings)]
         if flag not in NOT_IN_NAMES and len(set(longer)) > len(set(names)):
             names = longer

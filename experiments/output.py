@@ -10,22 +10,18 @@ from experiments.groups import group_names, settings_of
 
 
 def names_of(checkpoints):
-    """Dicts with "config" and "args" -> the name of each one's group, equal for runs that differ in
-    their seed alone."""
-    return group_names([settings_of(each | each["config"]) for each in checkpoints])
+    """Checkpoints -> the name of each one's group, equal for those that differ in their seed alone:
+    several steps of one run are no sample of seeds."""
+    return group_names([settings_of(checkpoint | checkpoint["config"])
+                        | {"iter": checkpoint["iter"]} for checkpoint in checkpoints])
 
 
 def mean_over_seeds(runs, names, *keys):
     """Runs, each with its "name" and "seed", and the names of their groups -> for each group its
-    name, its seeds, and the means of what the runs have under these keys.
-
-    Several runs with one seed, such as checkpoints of one run, are no sample of seeds: then each
-    run is a group."""
+    name, its seeds, and the means of what the runs have under these keys."""
     groups = {}
     for run, name in zip(runs, names):
         groups.setdefault(name, []).append(run)
-    if any(len({run["seed"] for run in group}) < len(group) for group in groups.values()):
-        groups = {run["name"]: [run] for run in runs}
     return [{"name": name, "seeds": [run["seed"] for run in group],
              **mean_of([{key: run[key] for key in keys} for run in group])}
             for name, group in groups.items()]

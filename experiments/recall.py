@@ -41,7 +41,7 @@ from model import GPT, PE, GPTConfig
 from train import TrainConfig
 
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "rope_base", "prope_fraction",
-           "hope_cutoff", "local_rope_base")  # flags; the arrangement sets the rest
+           "hope_cutoff", "local_rope_base", "attn_scaling")  # the arrangement sets the rest
 
 # --- Small models: training and testing -----------------------------------------------------------
 
@@ -114,12 +114,9 @@ def train_and_test(config, seed, args, device):
 
 def train_and_test_all(args, device):
     """-> the run of each network and seed."""
-    least = 3 * tasks_of(args).shortest // 2  # so that training has sequences of several lengths
-    if args.block_size < least:
-        raise ValueError(f"--block_size {args.block_size} is too short for the tasks: use {least} "
-                         "or more")
-    network = {name: getattr(args, name) for name in NETWORK}
-    network |= {"vocab_size": VOCAB_SIZE, "attn_scaling": args.attn_scaling or "none"}
+    if args.block_size < tasks_of(args).shortest:
+        raise ValueError(f"--block_size must be at least {tasks_of(args).shortest} for the tasks")
+    network = {name: getattr(args, name) for name in NETWORK} | {"vocab_size": VOCAB_SIZE}
     configs = [GPTConfig(**network | fields_of(pe)) for pe in args.pe]
     return [train_and_test(config, seed, args, device) for config in configs for seed in args.seed]
 
@@ -183,10 +180,9 @@ def test_language_models(args, device):
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     *texts, distances, text_sha256 = passages_to_repeat(args, checkpoints, names)
     windows, passages, needles = (text.to(device.torch_device) for text in texts)
-    scaling = {"attn_scaling": args.attn_scaling} if args.attn_scaling else {}  # else as stored
     middle, runs = needles.size(1) // 2, []
     for name, checkpoint in zip(names, checkpoints):
-        model = load_model(checkpoint, **scaling).to(device.torch_device)
+        model = load_model(checkpoint).to(device.torch_device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance)
                                    for distance in distances],
@@ -263,7 +259,6 @@ def make_parser():
     add("runs", nargs="*", metavar="OUT_DIR", help="runs' folders or checkpoints")
     add("--max_factor", type=flags.positive, default=16,
         help="longest context in multiples of block_size")
-    flags.add_flags(parser, GPTConfig, "attn_scaling", default=None)
     report.add_output_flags(parser, "accuracy by length or distance")
     flags.add_flags(parser, DeviceConfig)
 

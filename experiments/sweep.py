@@ -11,8 +11,8 @@ nope+rope:SSSL:16 (experiments/groups.py).
 
 Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or
 killed, give the same command again: complete runs are kept and the others continue. A run's folder
-is named by its layers, its seed and the flags that do not come from an @file. So more values, more
-seeds or another sweep only add runs to OUT_DIR.
+is named by its layers, its seed and the flags that are not in an @file. So more values, more seeds
+or another sweep only add runs to OUT_DIR.
 
 Runs that differ in their seed alone form a group. OUT_DIR gets sweep.json with groups and runs,
 sweep.csv with a row per group and range of positions, and sweep.png: means and standard deviations
@@ -68,26 +68,30 @@ def as_argv(chosen):
             for word in (f"--{flag}", value) if word is not None]
 
 
-def make_jobs(given, in_names, out_dir):
-    """{flag: its values}, and the flags that folders are named by -> {folder: flags of train.py}.
+def make_jobs(words, out_dir):
+    """Words such as @config/cpu_demo --pe rope hope -> {folder: flags of train.py}.
 
     Raises ValueError, or exits as train.py does, if train.py would refuse a run."""
+    files = [word for word in words if word.startswith("@")]
+    given = values_by_flag([word for word in words if word not in files])
+    if len(given.get("dataset", ())) > 1:
+        raise ValueError("--dataset takes one value here: runs are compared on the same text")
     jobs = {}
     for chosen in combinations(given):
-        network, _, _ = train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])
+        argv = [*files, *as_argv(chosen), "--out_dir", str(out_dir)]
+        network, config, _ = train.parse(argv)
         idle = flags.without_effect(network)
         chosen = {flag: value for flag, value in chosen.items() if flag not in idle}
-        network, config, _ = train.parse([*as_argv(chosen), "--out_dir", str(out_dir)])
         settings, name = asdict(network) | asdict(config), groups.name_of(network)
         for flag in chosen:
-            if flag in in_names and flag.removeprefix("no-") not in groups.NOT_IN_NAMES:
+            if flag.removeprefix("no-") not in groups.NOT_IN_NAMES:
                 name = groups.with_flag(name, flag, settings.get(flag, ""))
         folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {config.seed}")
-        jobs[folder] = as_argv(chosen)
         stored = load_checkpoint(folder / "ckpt.pt")["args"] if is_started(folder) else settings
-        if any(stored[flag] != value for flag, value in settings.items()
-               if flag not in (*groups.NO_SETTING, "vocab_size")):
+        kept = settings.keys() - idle - {"vocab_size", *groups.NO_SETTING}
+        if any(stored[flag] != settings[flag] for flag in kept):
             raise ValueError(f"{folder} holds a run with other flags: choose another --out_dir")
+        jobs[folder] = [*files, *as_argv(chosen)]
     return jobs
 
 
@@ -99,10 +103,8 @@ def is_started(folder):
 
 
 def is_complete(folder):
-    if not is_started(folder):
-        return False
-    checkpoint = load_checkpoint(folder / "ckpt.pt")
-    return checkpoint["iter"] >= checkpoint["args"]["max_iters"]
+    checkpoint = load_checkpoint(folder / "ckpt.pt") if is_started(folder) else None
+    return checkpoint is not None and checkpoint["iter"] >= checkpoint["args"]["max_iters"]
 
 
 def start(folder, argv):
@@ -135,33 +137,27 @@ def train_all(jobs, at_a_time):
     return signals[0] if signals else None
 
 
-def score(folders, args, device_flags):
+def score(folders, args):
     """-> the runs as the JSON of eval_extrapolation.py holds them."""
-    names = report.run_names(folders)
+    names, checkpoints = report.run_names(folders), [load_checkpoint(folder) for folder in folders]
     options = eval_extrapolation.make_parser().parse_args(
-        [*map(str, folders), "--max_factor", str(args.max_factor), "--windows", str(args.windows),
-         *device_flags])
-    device = Device(DeviceConfig(options.device, options.dtype))
-    checkpoints = [load_checkpoint(folder) for folder in folders]
+        [*map(str, folders), f"--max_factor={args.max_factor}", f"--windows={args.windows}"])
+    device = Device(DeviceConfig(checkpoints[0]["args"]["device"]))
     *text, sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
     runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
     return [run | {"dataset_sha256": sha256} for run in runs]
 
 
-def train_and_score(args, given, in_names):
+def train_and_score(args, words):
     """-> the scored runs, and the folders of those that failed. Exits if a signal stops it."""
-    if len(given.get("dataset", ())) > 1:
-        raise ValueError("--dataset takes one value here: runs are compared on the same text")
-    given.pop("resume", None)  # a sweep always does
-    jobs = make_jobs(given, in_names, Path(args.out_dir))
+    jobs = make_jobs(words, Path(args.out_dir))
     if number := train_all(jobs, args.jobs):
         print("stopped, everything is saved; give the same command again to continue")
         sys.exit(128 + number)
     complete = [folder for folder in jobs if is_complete(folder)]
     if not complete:
         raise RuntimeError(f"no run is complete: see {next(iter(jobs))}/train.txt")
-    runs = score(complete, args, [f"--device={name}" for name in given.get("device", ())])
-    return runs, [str(folder) for folder in jobs if folder not in complete]
+    return score(complete, args), [str(folder) for folder in jobs if folder not in complete]
 
 
 # --- Results --------------------------------------------------------------------------------------
@@ -179,38 +175,36 @@ def groups_of(runs, scores):
     found = []
     for name, rows in whole.groupby("name", sort=False):
         run = runs[rows["run"].iloc[0]]
-        settings = groups.settings_of(run)
-        del settings["seed"]
         found.append({
             "name": name, "pe": run["pe"], "block_size": run["block_size"],
             "seeds": rows["seed"].tolist(), "parameters": run.get("parameters"),
-            **groups.without_nan(totals.loc[name]).to_dict(), "args": settings,
+            **groups.without_nan(totals.loc[name]).to_dict(),
+            "args": {flag: value for flag, value in groups.settings_of(run).items()
+                     if flag != "seed"},
             "buckets": groups.without_nan(ranges.loc[name].reset_index()).to_dict("records")})
     return found
 
 
 def print_groups(found):
-    def cell(row, key, error, digits):
-        return report.format_cell(row[key], row[f"{key}_{error}"], digits)
-
     report.print_table(
         "means over seeds, ± standard deviation", ["lowest validation loss", "seeds"],
-        {group["name"]: [cell(group, "val_loss", "std", 4), " ".join(map(str, group["seeds"]))]
-         for group in found})
+        {group["name"]: [report.format_cell(group["val_loss"], group["val_loss_std"], 4),
+                         " ".join(map(str, group["seeds"]))] for group in found})
     columns = [f"[{row['start']:,}, {row['end']:,})" for row in found[0]["buckets"]]
     for key, error, digits, title in (
-            ("ppl", "std", 2, "perplexity by position, ± standard deviation"),
-            ("nll_above_local", "stderr", 3, "loss with the full context minus loss with the last "
-             "L tokens, in nats per token, ± standard error; negative: far tokens help")):
+            ("ppl", "ppl_std", 2, "perplexity by position, ± standard deviation"),
+            ("nll_above_local", "nll_above_local_stderr", 3, "loss with the full context minus "
+             "loss with the last L tokens, in nats per token, ± standard error; negative: far "
+             "tokens help")):
         report.print_table(title, columns, {
-            group["name"]: [cell(row, key, error, digits) for row in group["buckets"]]
-            for group in found})
+            group["name"]: [report.format_cell(row[key], row[error], digits)
+                            for row in group["buckets"]] for group in found})
 
 
 def make_parser():
     parser = flags.ArgumentParser(
         "Train a model for each combination of flags of train.py, each with one or several values, "
-        "score all of them, and average over seeds.", fromfile_prefix_chars="@")
+        "score all of them, and average over seeds.")
     add = parser.add_argument
     add("--out_dir", default="out/sweep", help="folder for the runs and the results")
     add("--jobs", type=flags.positive, help="runs at a time, each with one thread",
@@ -225,19 +219,17 @@ def make_parser():
 
 
 def main(argv=None):
-    words, parser = sys.argv[1:] if argv is None else argv, make_parser()
-    args, rest = parser.parse_known_args(words)
-    if args.json_in:
-        if rest:
-            raise ValueError(f"--json_in trains nothing: leave out {rest[0]}")
-        report.check_outputs(args)
-        runs, failed = groups.read_runs(args.json_in), []
-    else:
+    args, words = make_parser().parse_known_args(argv)
+    if args.json_in and words:
+        raise ValueError(f"--json_in trains nothing: leave out {words[0]}")
+    if not args.json_in:
         args.json = args.json or f"{args.out_dir}/sweep.json"
         args.plot = args.plot or f"{args.out_dir}/sweep.png"
-        report.check_outputs(args)
-        _, by_hand = parser.parse_known_args([word for word in words if word[:1] != "@"])
-        runs, failed = train_and_score(args, values_by_flag(rest), values_by_flag(by_hand))
+    report.check_outputs(args)
+    if args.json_in:
+        runs, failed = groups.read_runs(args.json_in), []
+    else:
+        runs, failed = train_and_score(args, words)
     scores = groups.scores_of(runs)
     found = groups_of(runs, scores)
     if args.json:

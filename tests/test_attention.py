@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import model as model_file
-from common.checkpoint import load_checkpoint, save_checkpoint
-from experiments import attention, figures
+from experiments import attention
 from experiments.attention import attention_inputs, logits_of, position_bins
-from model import PE, frequencies
+from model import PE, frequencies, rotate
 from tests.conftest import tiny
 
 L = 32
@@ -25,9 +24,10 @@ def constant_attention(pe="rope", distance=None):
             block.attn.c_attn.weight.zero_()
             block.attn.c_attn.bias.zero_()
             if distance is not None:
-                q = torch.ones(1, 32) * 3
-                k = figures.key_that_peaks_at(q, frequencies(32).float(), distance)
-                block.attn.c_attn.bias[:32], block.attn.c_attn.bias[64:96] = q[0], k[0]
+                q, angle = torch.full((1, 1, 1, 32), 3.0), distance * frequencies(32).float()
+                k = rotate(q, angle.cos()[None], angle.sin()[None])  # undone at that distance
+                block.attn.c_attn.bias[:32] = q.flatten()
+                block.attn.c_attn.bias[64:96] = k.flatten()
     return model
 
 
@@ -169,12 +169,10 @@ def test_weights_and_shares_of_a_head_are_those_written_out(layers):
         torch.testing.assert_close(torch.tensor(row["shares"]), shares, rtol=1e-2, atol=1e-3)
 
 
-def test_heads_are_those_of_full_layers_and_a_bias_is_refused():
+def test_heads_are_those_of_full_layers():
     model = tiny("hope", n_layer=3, window_pattern="SSL", window=4)
     found = attention.previous_token_heads(model, torch.randint(50, (2, L)))
     assert [row["layer"] for row in found] == [3, 3]
-    with pytest.raises(ValueError, match="not in alibi"):
-        attention.previous_token_heads(tiny("alibi"), torch.randint(50, (2, L)))
 
 
 # --- the command
@@ -192,21 +190,6 @@ def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, tm
     attention.main([kept, "--heads", "--windows", "2", "--json", str(tmp_path / "h.json")])
     run, = json.loads((tmp_path / "h.json").read_text())["runs"]
     assert len(run["heads"]) == 4 and "layer 2, head 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("max_factor, block_sizes", [(1, [16]), (2, [16, 32])])
-def test_runs_are_analyzed_at_their_own_L_at_any_length(
-        max_factor, block_sizes, finished_run, tmp_path):
-    checkpoint, paths = load_checkpoint(finished_run), []
-    for block_size in block_sizes:  # the weights of HoPE do not depend on L
-        paths.append(str(tmp_path / f"{block_size}.pt"))
-        config = {**checkpoint["config"], "block_size": block_size}
-        save_checkpoint(paths[-1], {**checkpoint, "config": config})
-    attention.main([*paths, "--max_factor", str(max_factor), "--windows", "2", "--device", "cpu",
-                    "--json", str(tmp_path / "a.json")])
-    for run, block_size in zip(json.loads((tmp_path / "a.json").read_text())["runs"], block_sizes):
-        assert (run["block_size"], run["length"]) == (block_size, max_factor * block_size)
-        assert None not in run["norm/q"]["mean"] and ("beyond/entropy" in run) == (max_factor > 1)
 
 
 def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():

@@ -9,20 +9,15 @@ import eval_extrapolation
 from common.checkpoint import load_checkpoint, save_checkpoint
 from experiments import causes
 from experiments.causes import CHANGES, Change
-from model import GPT, GPTConfig
+from tests.conftest import tiny
 
 L, T = 16, 50
 
 
 def make_model(**fields):
-    """An untrained network with large weights, so that attention is far from uniform."""
-    torch.manual_seed(0)
-    defaults = {"block_size": L, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 32,
-                "rope_base": 100.0}
-    model = GPT(GPTConfig(**defaults | fields)).eval()
+    model = tiny(**{"block_size": L, "rope_base": 100.0} | fields)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(8 if parameter.dim() == 2 else 1)
+        model.lm_head.weight.mul_(8)  # losses that differ
     return model
 
 
@@ -213,8 +208,6 @@ def test_the_command_averages_over_seeds(finished_run, tmp_path, capsys):
     group, = result["groups"]
     assert (group["name"], group["seeds"], result["windows"]) == ("hope", [1, 2], 4)
     change = group["changes"]["log-n"]
-    assert [row["end"] for row in change["ranges"]] == [16, 32, 64]
     removed = [run["changes"]["log-n"]["removed"] for run in result["runs"]]
     assert change["removed"] == pytest.approx(sum(removed) / 2, rel=1e-3)
-    assert change["removed_stderr"] == pytest.approx(abs(removed[0] - removed[1]) / 2, rel=1e-3)
     assert "hope, seeds [1, 2]" in capsys.readouterr().out

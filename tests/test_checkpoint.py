@@ -1,8 +1,6 @@
 """
 Checkpoints and the log: written whole or not at all, damaged ones named, weights copied to new
 models.
-
-    python -m pytest tests/test_checkpoint.py
 """
 import json
 import os
@@ -69,25 +67,18 @@ def test_scoring_and_sampling_a_folder_take_best_pt_if_there_is_one(tmp_path, ca
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_checkpoint_is_read_without_executing_it(finished_run, tmp_path, fails, command):
-    save_checkpoint(tmp_path / "ckpt.pt", {**load_checkpoint(finished_run),
-                                           "args": Harmful(tmp_path / "executed")})
-    script, arguments = COMMANDS[command]
-    code, lines = fails(script, [*arguments, str(tmp_path)])
-    assert code == 2 and len(lines) == 1 and "ckpt.pt" in lines[0]
-    assert not (tmp_path / "executed").exists()
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_checkpoint_cut_anywhere_is_named_damaged_and_kept(finished_run, tmp_path, fails,
-                                                             command):
+def test_a_checkpoint_that_is_cut_anywhere_or_would_run_code_is_named_and_kept(
+        finished_run, tmp_path, fails, command):
     content, path = Path(finished_run, "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
+    save_checkpoint(path, {**load_checkpoint(finished_run), "args": Harmful(tmp_path / "executed")})
+    lengths = [0, *random.Random(0).sample(range(1, len(content)), 5)]
     script, arguments = COMMANDS[command]
-    for length in [0, *random.Random(0).sample(range(1, len(content)), 5)]:
-        path.write_bytes(content[:length])
+    for wrong in (path.read_bytes(), *(content[:length] for length in lengths)):
+        path.write_bytes(wrong)
         code, lines = fails(script, [*arguments, str(tmp_path)])
         assert code == 2 and len(lines) == 1 and f"{path} is damaged" in lines[0], lines
-        assert path.read_bytes() == content[:length]
+        assert path.read_bytes() == wrong
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_file_that_is_no_checkpoint_of_this_project_is_named(finished_run, tmp_path):

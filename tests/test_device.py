@@ -1,7 +1,5 @@
 """
 Where a run computes: devices, number formats, signals, the processes of torchrun.
-
-    python -m pytest tests/test_device.py
 """
 import os
 import signal
@@ -68,15 +66,14 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]  # Windows has no SIGHUP
 
 
-def refuse(number, frame):
-    raise AssertionError(f"signal {number} was not received by train.py")
-
-
 @pytest.fixture
 def refused():
     """Signals that train.py does not handle fail the test. Some shells have them ignored."""
+    def refuse(number, frame):
+        pytest.fail(f"signal {number} was not received by train.py")
+
     before = [signal.signal(number, refuse) for number in SIGNALS]
-    yield
+    yield refuse
     for number, handler in zip(SIGNALS, before):
         signal.signal(number, handler)
 
@@ -90,7 +87,7 @@ def test_a_signal_completes_the_step_saves_and_prints_how_to_continue(
     at_batch(7, lambda: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as ended:
         run(dataset, tmp_path / "parts", *given)
-    assert ended.value.code == 128 + number and signal.getsignal(number) == refuse
+    assert ended.value.code == 128 + number and signal.getsignal(number) == refused
     assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["iter"] == 8
     assert f"--resume --out_dir {tmp_path / 'parts'}" in capsys.readouterr().out
     resumed(tmp_path / "parts")

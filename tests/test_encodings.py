@@ -222,7 +222,7 @@ def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope()
     idx = torch.randint(50, (2, 40))
     rope, nope, hope, long, short = (all_logits(tiny(pe, **changes), idx) for pe, changes in (
         ("rope", {}), ("nope", {}), ("hope", {}), ("hope", dict(block_size=10**6)),
-        ("hope", dict(block_size=6))))
+        ("hope", dict(block_size=6, rope_scaling="yarn", rope_factor=4.0))))
     assert torch.equal(long, rope) and torch.equal(short, nope)
     assert not torch.allclose(hope, rope, atol=1e-3)
 

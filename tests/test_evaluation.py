@@ -14,7 +14,7 @@ import torch
 import eval_extrapolation
 from common.checkpoint import load_checkpoint, load_model, save_checkpoint
 from data import loader
-from eval_extrapolation import score, score_local, summarize
+from eval_extrapolation import bucket_edges, score, score_local, summarize
 from model import PE
 from tests.conftest import all_logits, byte_tokenizer, constant_checkpoint, tiny
 
@@ -46,13 +46,13 @@ def test_learned_is_scored_up_to_its_limit_and_marked_behind_it():
 
 
 @pytest.mark.parametrize("width", [16, 32, 50, 96, 100])
-def test_local_context_is_at_most_l_and_at_least_half_of_it(width):
+def test_local_context_is_that_of_windows_of_l_that_advance_by_half_of_it(width):
     model, windows, L = tiny("rope"), torch.randint(50, (3, width + 1)), 32
     local = score_local(model, windows, L, batch_size=2)
     for n in range(1, width + 1):  # n tokens stand before the target
-        candidates = [loss_of_next(model, windows, n - context, n)
-                      for context in range(min(n, L // 2), min(n, L) + 1)]
-        assert min((local[:, n - 1] - each).abs().max() for each in candidates) < 1e-4
+        end = min(width, L + L // 2 * math.ceil(max(0, n - L) / (L // 2)))
+        expected = loss_of_next(model, windows, max(0, end - L), n)
+        torch.testing.assert_close(local[:, n - 1], expected, atol=1e-4, rtol=0)
 
 
 # --- numbers
@@ -80,6 +80,8 @@ def test_buckets_average_their_own_positions_and_the_error_is_over_windows():
     losses = torch.tensor([[1.0, 3.0, 5.0, 7.0], [2.0, 2.0, 8.0, 8.0]])
     local = losses - torch.tensor([[0.0, 0.0, 1.0, 2.0], [0.0, 0.0, 3.0, 2.0]])
     first, second = summarize(losses, local, losses - 1, [0, 2, 4], [4, 8])
+    assert bucket_edges(8, 16) == [0, 8, 16, 32, 64, 128]
+    assert bucket_edges(8, 6) == [0, 8, 16, 32, 48]
     e = math.exp
     assert first == pytest.approx({
         "start": 0, "end": 2, "nll": 2, "stderr": 0, "ppl": e(2), "ppl_local": e(2),
@@ -153,13 +155,14 @@ def test_auto_gives_each_bucket_its_own_factor_and_the_trained_context_stays(
     runs = json.loads((tmp_path / "r.json").read_text())["runs"]
     assert [run["name"] for run in runs] == [
         "hope", "hope logn", "hope pi", "hope pi logn", "hope yarn", "hope yarn logn"]
-    plain, scaled = runs[0]["buckets"], runs[2]["buckets"]
+    plain, scaled = runs[1]["buckets"], runs[3]["buckets"]
     assert plain[0] == scaled[0]  # where the factor is 1
     checkpoint = load_checkpoint(finished_run)
     meta, ids = loader.open_dataset(checkpoint["dataset"]["path"])
     windows = loader.document_windows(ids["val"], 98, 64, 3)
     for bucket, factor in zip(scaled[1:], (2.0, 4.0)):
-        model = load_model(checkpoint, rope_scaling="pi", rope_factor=factor)
+        model = load_model(checkpoint, rope_scaling="pi", rope_factor=factor,
+                           attn_scaling="logn")
         expected = torch.stack([loss_of_next(model, windows, 0, n)
                                 for n in range(bucket["start"] + 1, bucket["end"] + 1)])
         assert bucket["nll"] == pytest.approx(expected.mean().item(), abs=1e-5)

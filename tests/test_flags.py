@@ -1,7 +1,5 @@
 """
 Flags from fields and files, flags without effect, failures in one line.
-
-    python -m pytest tests/test_flags.py
 """
 import errno
 import re

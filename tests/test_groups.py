@@ -60,10 +60,8 @@ def test_a_name_says_the_layers_and_the_flags_that_differ_and_have_an_effect():
 
     assert names(scored("rope", 1, (2.0,), hope_cutoff=2.0), hope(), hope(hope_cutoff=2.0)) == [
         "rope", "hope hope_cutoff 1", "hope hope_cutoff 2"]
-    assert names(hope(), hope(window_pattern="SL", window=4, local_pe="rope")) == [
-        "hope", "hope+rope:SL:4"]
-    assert names(hope(), hope(window_pattern="SL", window=4, local_pe="hope")) == [
-        "hope", "hope:SL:4"]
+    for local_pe, name in (("rope", "hope+rope:SL:4"), ("hope", "hope:SL:4")):
+        assert names(hope(window_pattern="SL", window=4, local_pe=local_pe)) == [name]
     assert names(hope(rope_base=1e6), hope(rope_base=100.0)) == [
         "hope rope_base 1000000", "hope rope_base 100"]
     assert names(hope(args={"max_iters": 5, "lr_decay_iters": 5}),

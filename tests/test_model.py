@@ -152,7 +152,7 @@ def test_without_targets_there_are_the_last_logits_and_no_loss():
 @pytest.mark.parametrize("pe", ["hope", "t5", "learned"])
 def test_the_pattern_l_is_the_plain_network_to_the_bit(pe):
     plain, idx = tiny(pe), torch.randint(50, (2, 30))
-    for pattern, changes in (("L", dict(window=4)), ("LLL", dict(local_pe="rope"))):
+    for pattern, changes in (("L", dict(window=4)), ("LLL", dict(local_pe="kerple"))):
         model = tiny(pe, window_pattern=pattern, **changes)
         assert torch.equal(all_logits(model, idx), all_logits(plain, idx))
         assert model.state_dict().keys() == plain.state_dict().keys()

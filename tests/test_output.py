@@ -7,16 +7,19 @@ from experiments import output
 from model import GPTConfig
 
 
-def checkpoint(seed=1, **changes):
+def checkpoint(seed=1, iter=300, **changes):
     config = vars(GPTConfig(pe="hope"))
-    return {"config": config, "args": config | {"optimizer": "muon", "seed": seed, **changes}}
+    return {"config": config, "iter": iter,
+            "args": config | {"optimizer": "muon", "seed": seed, **changes}}
 
 
 def test_groups_differ_in_the_seed_alone_and_are_named_by_what_differs():
-    names = output.names_of([checkpoint(learning_rate=0.1, out_dir="a"),
-                             checkpoint(learning_rate=0.2, out_dir="b"),
-                             checkpoint(seed=2, learning_rate=0.1, out_dir="c")])
-    assert names == ["hope learning_rate 0.1", "hope learning_rate 0.2", "hope learning_rate 0.1"]
+    rates = [checkpoint(learning_rate=0.1, out_dir="a"), checkpoint(learning_rate=0.2, out_dir="b"),
+             checkpoint(seed=2, learning_rate=0.1, out_dir="c")]
+    assert output.names_of(rates) == [
+        "hope learning_rate 0.1", "hope learning_rate 0.2", "hope learning_rate 0.1"]
+    steps = [checkpoint(iter=100), checkpoint(), checkpoint(seed=2)]  # no sample of seeds
+    assert output.names_of(steps) == ["hope iter 100", "hope iter 300", "hope iter 300"]
 
 
 def test_means_are_those_of_each_group_and_have_standard_errors_over_seeds():
@@ -29,10 +32,6 @@ def test_means_are_those_of_each_group_and_have_standard_errors_over_seeds():
     assert first == {"name": "x", "seeds": [1, 2], "needles": [
         {"distance": 4, "gain": 1.5, "gain_stderr": pytest.approx(0.5)}, None]}
     assert second == {"name": "y", "seeds": [1], "needles": runs[1]["needles"]}
-    runs[2]["seed"] = 1  # checkpoints of one run are no sample of seeds
-    found = output.mean_over_seeds(runs, ["x", "y", "x"], "needles")
-    assert [mean["name"] for mean in found] == ["a", "b", "c"]
-    assert [mean["needles"] for mean in found] == [run["needles"] for run in runs]
 
 
 def test_floats_are_rounded_to_significant_digits_and_nan_is_none():
