@@ -115,7 +115,7 @@ def test_a_training_in_a_thread_as_in_a_notebook_runs_without_handlers(dataset, 
     thread.start()
     thread.join()
     assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 2
-    assert {signal.getsignal(number) for number in SIGNALS} == {refuse}
+    assert {signal.getsignal(number) for number in SIGNALS} == {refused}
 
 
 def train_at_a_terminal_that_closes(arguments):
