@@ -90,14 +90,14 @@ def test_ids_of_another_width_or_another_vocabulary_are_refused(nanogpt, dtype, 
         ids.astype(dtype).tofile(nanogpt / f"{part}.bin")
     if not characters:
         (nanogpt / "meta.pkl").unlink()
-    with pytest.raises(ValueError, match=r"val.bin does not hold ids below .* as uint16"):
+    with pytest.raises(ValueError, match=r"val.bin has to hold ids below .* as a uint16"):
         open_dataset(nanogpt)
 
 
 @pytest.mark.parametrize("meta", [{"vocab_size": 50304}, {"itos": {0: "the", 1: " quick"}}])
 def test_a_meta_pkl_without_a_character_for_each_id_is_refused(nanogpt, meta):
     (nanogpt / "meta.pkl").write_bytes(pickle.dumps(meta))
-    with pytest.raises(ValueError, match="meta.pkl has no itos with a character for each id"):
+    with pytest.raises(ValueError, match="meta.pkl has no itos of single characters"):
         open_dataset(nanogpt)
 
 

@@ -115,7 +115,7 @@ def test_a_path_with_the_name_of_a_known_source_is_not_silently_another_text(
     monkeypatch.chdir(novel.parent)
     shutil.copy(novel, "sotu")
     code, [line] = fails(data.prepare, ["--source", "sotu"])
-    assert code == 2 and "write --source ./sotu for" in line
+    assert code == 2 and "write --source ./sotu for it" in line
     data.prepare.main(["--source", "./sotu"])
     assert documents_of("data/sotu_text_char")["val"] == [(STORY * 50)[-160:]]
 
