@@ -106,8 +106,8 @@ def train_and_test(config, seed, args, device):
                     for start, end in zip(edges, edges[1:])]
              for name, (task, _) in tasks.tested.items()}
     inside = ", ".join(f"{name} {buckets[0]['accuracy']:.3f}" for name, buckets in found.items())
-    print(f"{name_of(config):16} seed {seed}   {time.monotonic() - started:5.0f} s   accuracy inside L: "
-          f"{inside}", flush=True)
+    print(f"{name_of(config):16} seed {seed}   {time.monotonic() - started:5.0f} s   accuracy inside "
+          f"L: {inside}", flush=True)
     return {"name": name_of(config), "pe": config.pe, "seed": seed, "config": asdict(config),
             "loss": loss, "seconds": time.monotonic() - started, "tasks": found}
 
@@ -221,8 +221,8 @@ def show(panels, runs, x, xlabel, L, path):
         n_rows, 2, figsize=(12, 1 + 3.9 * n_rows), layout="constrained", squeeze=False)
     for panel, (title, key, rows, guesses) in zip(axes.flat, panels):
         for run, row, style in zip(runs, rows, report.styles(runs)):
-            output.draw_line(panel, row, x, key, f"{key}_stderr", label=report.as_label(in_words(run["name"])),
-                             **style)
+            label = report.as_label(in_words(run["name"]))
+            output.draw_line(panel, row, x, key, f"{key}_stderr", label=label, **style)
         for guess in guesses:
             panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
         if "accuracy" in key:
