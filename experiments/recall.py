@@ -106,10 +106,11 @@ def train_and_test(config, seed, args, device):
                     for start, end in zip(edges, edges[1:])]
              for name, (task, _) in tasks.tested.items()}
     inside = ", ".join(f"{name} {buckets[0]['accuracy']:.3f}" for name, buckets in found.items())
-    print(f"{name_of(config):16} seed {seed}   {time.monotonic() - started:5.0f} s   accuracy inside "
-          f"L: {inside}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{name_of(config):16} seed {seed}   {seconds:5.0f} s   accuracy inside L: {inside}",
+          flush=True)
     return {"name": name_of(config), "pe": config.pe, "seed": seed, "config": asdict(config),
-            "loss": loss, "seconds": time.monotonic() - started, "tasks": found}
+            "loss": loss, "seconds": seconds, "tasks": found}
 
 
 def train_and_test_all(args, device):

@@ -96,23 +96,29 @@ def test_a_mistake_gets_one_line_and_an_exit_code_and_changes_nothing(
     assert not list(tmp_path.glob("out/*.pt"))
 
 
-SCRIPTS = [path for name in ("*.py", "data/*.py", "experiments/*.py")
-           for path in sorted(PROJECT.glob(name)) if "__main__" in path.read_text(encoding="utf-8")]
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_that_is_started_by_its_path_runs_or_says_how_it_is_started(path, tmp_path):
-    """From any folder, and although another package has the name of ours."""
-    for name in ("common", "data"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").touch()
-    ended = subprocess.run([sys.executable, path, "--help"], cwd=tmp_path, capture_output=True,
-                           text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
-    if path.parent == PROJECT:
+@pytest.mark.parametrize("name", ["train.py", "data/prepare.py", "experiments/page.py"])
+def test_a_script_that_is_started_by_its_path_runs_or_says_how_it_is_started(name, tmp_path):
+    """From any folder, and although other packages have the names of ours."""
+    for other in ("common", "data"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "__init__.py").touch()
+    ended = subprocess.run([sys.executable, PROJECT / name, "--help"], cwd=tmp_path, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    if name == "train.py":
         assert ended.returncode == 0 and ended.stdout.startswith("usage")
     else:
         [line] = ended.stderr.splitlines()
-        assert line.endswith(f"python -m {path.parent.name}.{path.stem}")
+        assert line.endswith(f"python -m {name.removesuffix('.py').replace('/', '.')}")
+
+
+def test_common_is_the_first_module_of_ours_that_an_experiment_imports():
+    """experiments/common.py, which stands in for it, then says how the script is started."""
+    ours = {path.stem for path in [*PROJECT.glob("*.py"), PROJECT / "common", PROJECT / "data"]}
+    for path in (PROJECT / "experiments").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported = [name for name in re.findall(r"^(?:from|import) (\w+)", text, re.M)
+                    if name in {*ours, "experiments"}]
+        assert "__main__" not in text or imported[0] == "common", path
 
 
 # --- what is published can be repeated
