@@ -14,10 +14,10 @@ import torch
 import eval_extrapolation
 import sample
 import train
-from common import checkpoint as common_checkpoint
 from common.checkpoint import (
     KEYS,
     copy_matching_weights,
+    cut_log,
     load_checkpoint,
     load_model,
     locked,
@@ -26,13 +26,7 @@ from common.checkpoint import (
     scaling_factor,
 )
 from model import GPT, GPTConfig
-from tests.conftest import (
-    TINY_FLAGS,
-    Harmful,
-    all_logits,
-    constant_checkpoint,
-    tiny,
-)
+from tests.conftest import TINY_FLAGS, Harmful, all_logits, constant_checkpoint, tiny
 
 COMMANDS = {"resume": (train, ["--resume", "--out_dir"]), "init_from": (train, ["--init_from"]),
             "sample": (sample, ["--out_dir"]), "eval": (eval_extrapolation, [])}
@@ -133,7 +127,7 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_ends(dataset, 
 def test_lines_after_the_checkpoint_and_one_cut_short_by_a_kill_are_dropped(tmp_path, torn):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + torn)
-    common_checkpoint.cut_log(path, 5)
+    cut_log(path, 5)
     assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
 
 

@@ -17,15 +17,7 @@ from common import flags
 from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig, pick_device, pick_dtype
 from model import GPT, GPTConfig
-from tests.conftest import (
-    PROJECT,
-    TINY_FLAGS,
-    assert_same_run,
-    log,
-    processes,
-    resumed,
-    run,
-)
+from tests.conftest import PROJECT, TINY_FLAGS, assert_same_run, log, processes, resumed, run
 
 # --- devices and number formats
 
@@ -52,15 +44,7 @@ def test_training_takes_a_format_that_the_device_has_and_scores_are_float32(monk
         assert pick_dtype("float16", cpu, training_width=256) == torch.float16
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products_are_in_the_format_that_is_asked_for(dtype):
-    device = Device(DeviceConfig(device="cpu", dtype=str(dtype).removeprefix("torch.")))
-    with device.autocast():
-        assert (torch.rand(3, 3) @ torch.rand(3, 3)).dtype == dtype
-
-
 # --- signals
-
 
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
            if hasattr(signal, name)]  # Windows has no SIGHUP
@@ -102,6 +86,11 @@ def test_a_run_that_was_stopped_between_evaluations_can_end_there(dataset, tmp_p
     resumed(tmp_path, "--max_iters", "8")
     last = log(tmp_path)[-1]
     assert last["iter"] == 8 and last["val_loss"] > 0 and last["train_loss"] > 0
+
+
+def test_a_signal_in_the_last_step_changes_nothing(dataset, tmp_path, at_batch, refused):
+    at_batch(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run(dataset, tmp_path, "--max_iters", "3")["iter"] == 3
 
 
 def test_a_second_ctrl_c_does_not_wait(dataset, tmp_path, at_batch, refused):

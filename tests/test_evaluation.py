@@ -111,8 +111,7 @@ def test_the_loss_above_the_first_run_is_the_difference_on_the_same_tokens(tmp_p
 
 
 @pytest.mark.parametrize("order", [(8, 16), (16, 8)])
-def test_runs_that_differ_share_the_columns_of_the_shortest_context_with_a_note(
-        tmp_path, capsys, order):
+def test_runs_that_differ_share_the_columns_of_the_shorter_one(tmp_path, capsys, order):
     checkpoints = {f"L{size}": constant_checkpoint([1 / 4] * 4, size) for size in order}
     checkpoints["L8"]["iter"] = 1
     scored = evaluate(tmp_path, checkpoints, "ab" * 500, "--max_factor", "4")
@@ -147,8 +146,7 @@ def test_bits_per_character_count_the_characters_that_begin_in_the_predicted_tok
 # --- scalings
 
 
-def test_auto_gives_each_bucket_its_own_factor_and_the_trained_context_stays(
-        finished_run, tmp_path):
+def test_auto_gives_each_bucket_its_own_factor_and_changes_none_within_l(finished_run, tmp_path):
     eval_extrapolation.main([
         finished_run, "--max_factor", "4", "--windows", "3", "--rope_scaling", "none", "pi", "yarn",
         "--attn_scaling", "none", "logn", "--json", str(tmp_path / "r.json")])
@@ -210,7 +208,7 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
     pytest.importorskip("matplotlib")
     checkpoints = {pe: random_checkpoint(pe) for pe in ("hope", "rope", "learned")}
     scored = evaluate(tmp_path, checkpoints, "abba" * 100, "--max_factor", "4",
-                      "--plot", str(tmp_path / "r.svg"))
+                      "--plot", str(tmp_path / "new" / "r.svg"))
     ppl, gain = capsys.readouterr().out.split("\n\n")[1:]
     for name, run in scored.items():
         assert (run["pe"], run["block_size"], run["seed"]) == (name, 16, 1)
@@ -219,7 +217,7 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
             expected = [cell(bucket, key, digits) for bucket in run["buckets"]]
             assert [text.strip() for text in line.split("  ")[1:] if text] == expected
     assert "[0, 16)" in ppl and "[32, 64)" in ppl
-    assert (tmp_path / "r.svg").read_text().count(" learned -->") == 1  # in the legend
+    assert (tmp_path / "new" / "r.svg").read_text().count(" learned -->") == 1  # in the legend
 
 
 def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypatch):

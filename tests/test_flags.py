@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -40,15 +41,10 @@ def test_the_text_to_continue_may_begin_like_a_file_of_flags(tmp_path, capsys):
 # --- flags from fields
 
 
-@pytest.fixture
-def parser():
+def test_each_field_is_a_flag_with_its_type_and_default():
     parser = flags.ArgumentParser("A test.")
     flags.add_flags(parser, GPTConfig)
     flags.add_flags(parser, train.TrainConfig)
-    return parser
-
-
-def test_each_field_is_a_flag_with_its_type_and_default(parser):
     defaults = vars(parser.parse_args([]))
     for field in (*fields(GPTConfig), *fields(train.TrainConfig)):
         assert defaults[field.name] == field.default
@@ -128,26 +124,20 @@ def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "lower --batch_size"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "lower --batch_size")])
 def test_a_failure_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, words):
-    def main():
-        raise error
-
     monkeypatch.setattr("sys.argv", ["a/folder/script.py"])
     with pytest.raises(SystemExit) as stopped:
-        flags.run(main)
+        flags.run(Mock(side_effect=error))
     [line] = capsys.readouterr().err.splitlines()
     assert stopped.value.code == code and line.startswith("script.py: error: ") and words in line
 
 
 def test_a_defect_keeps_its_trace_ctrl_c_gives_130_and_success_nothing(capsys):
-    def fail(error):
-        raise error
-
     with pytest.raises(KeyError):
-        flags.run(lambda: fail(KeyError("a defect")))
+        flags.run(Mock(side_effect=KeyError("a defect")))
     with pytest.raises(SystemExit) as stopped:
-        flags.run(lambda: fail(KeyboardInterrupt()))
+        flags.run(Mock(side_effect=KeyboardInterrupt))
     assert stopped.value.code == 130
-    flags.run(lambda: None)
+    flags.run(Mock())
     assert capsys.readouterr() == ("", "")
 
 

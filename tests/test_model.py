@@ -188,16 +188,15 @@ def test_matrices_that_write_to_the_residual_stream_start_smaller_the_more_there
             assert (parameter == float("ln" in module and kind == "weight")).all(), name
 
 
-def dropped(x, expected, p):
+def dropped(x, expected, p=0.3):
     """Whether x is expected / (1 - p) with a fraction p of zeros, over many independent numbers."""
     zero = x == 0
     torch.testing.assert_close(x[~zero], (expected / (1 - p))[~zero])
     return abs(zero.float().mean().item() - p) < 5 * math.sqrt(p * (1 - p) / x.numel())
 
 
-@pytest.mark.parametrize("p", [0.2, 0.6])
-def test_dropout_acts_on_embeddings_and_on_the_outputs_of_attention_and_mlp(p):
-    model, places = tiny("nope", dropout=p, n_layer=1).train(), {}
+def test_dropout_acts_on_embeddings_and_on_the_outputs_of_attention_and_mlp():
+    model, places = tiny("nope", dropout=0.3, n_layer=1).train(), {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Dropout):
             module.register_forward_hook(
@@ -207,13 +206,12 @@ def test_dropout_acts_on_embeddings_and_on_the_outputs_of_attention_and_mlp(p):
     assert sorted(places) == [
         "transformer.drop", layer + "attn.resid_dropout", layer + "mlp.dropout"]
     for name, (before, after) in places.items():
-        assert dropped(after, before, p), name
+        assert dropped(after, before), name
 
 
-@pytest.mark.parametrize("p", [0.2, 0.6])
-def test_dropout_acts_on_attention_weights(p):
+def test_dropout_acts_on_attention_weights():
     """The first token has one weight, 1. With values of 1, an output is 0 or 1 / (1 - p)."""
-    model, outputs = tiny("nope", dropout=p, n_layer=1).train(), []
+    model, outputs = tiny("nope", dropout=0.3, n_layer=1).train(), []
     attn = model.transformer.h[0].attn
     with torch.no_grad():
         attn.c_attn.weight.zero_()
@@ -221,7 +219,7 @@ def test_dropout_acts_on_attention_weights(p):
     attn.c_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
     model(torch.randint(50, (4000, 1)))
     one_per_head = outputs[0][:, 0, [0, 16]]
-    assert dropped(one_per_head, torch.ones(4000, 2), p)
+    assert dropped(one_per_head, torch.ones(4000, 2))
 
 
 def test_dropout_is_off_in_evaluation():

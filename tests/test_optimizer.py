@@ -107,8 +107,7 @@ class OnGPU(torch.nn.Parameter):
     device = property(lambda self: torch.device("cuda"))
 
 
-def test_on_a_gpu_matrices_of_one_shape_are_orthogonalized_together_with_the_same_result(
-        monkeypatch):
+def test_a_gpu_orthogonalizes_matrices_of_a_shape_together_with_the_same_result(monkeypatch):
     start = [torch.randn(shape) for shape in ((48, 16), (16, 16), (48, 16), (16, 48))]
     gradients = [[torch.randn_like(weight) for weight in start] for _ in range(2)]
     settings = dict(lr=0.1, momentum=0.9, weight_decay=0.1)

@@ -1,13 +1,11 @@
 """Sampling: streamed text, seed, temperature, scaling, characters of several tokens."""
 import math
 
-import numpy as np
 import pytest
 import torch
 
 import sample
-from common.checkpoint import load_checkpoint, load_model, save_checkpoint
-from data.tokenizer import from_dict
+from common.checkpoint import load_model, save_checkpoint
 from model import GPT
 from tests.conftest import byte_tokenizer, constant_checkpoint
 
@@ -30,15 +28,14 @@ def test_texts_follow_the_seed_and_several_samples_differ(sampled):
     assert first == texts[0] != second
 
 
-def test_auto_scaling_uses_one_factor_for_the_whole_text(sampled, finished_run):
-    text = sampled("--start", "one two", "--max_new_tokens", "57", "--top_k", "1",
-                   "--rope_scaling", "ntk", "--attn_scaling", "logn")
-    model = load_model(finished_run, rope_scaling="ntk", rope_factor=64 / 16, attn_scaling="logn")
-    tokenizer = from_dict(load_checkpoint(finished_run)["tokenizer"])
-    idx = torch.tensor(tokenizer.encode("one two").astype(np.int64))[None]
-    for _ in range(57):
-        idx = torch.cat((idx, model(idx)[0][:, -1].argmax(-1, keepdim=True)), dim=1)
-    assert text == tokenizer.decode(idx[0].tolist())
+@pytest.mark.parametrize("given, new, factor", [("auto", 57, 4), ("auto", 3, 1), ("2", 57, 2)])
+def test_one_factor_scales_the_whole_text(sampled, monkeypatch, given, new, factor):
+    used = []
+    monkeypatch.setattr(sample, "load_model", lambda checkpoint, **overrides: (
+        used.append(overrides) or load_model(checkpoint, **overrides)))
+    sampled("--start", "one two", "--max_new_tokens", str(new), "--rope_scaling", "ntk",
+            "--rope_factor", given, "--attn_scaling", "logn")
+    assert used == [{"rope_scaling": "ntk", "rope_factor": factor, "attn_scaling": "logn"}]
 
 
 def test_a_text_begins_with_its_start_a_text_or_a_file_and_goes_past_block_size(sampled, tmp_path):
@@ -59,12 +56,14 @@ def test_endoftext_in_the_start_is_the_token_between_documents(tmp_path, capsys,
     assert [idx.tolist() for idx in given] == [[[0]], [[0, 3, 1]], [[0, 3]]]
 
 
-@pytest.mark.parametrize("temperature, odds", [(0, math.inf), (0.5, 81), (1, 9), (2, 3)])
-def test_temperature_divides_the_logits(tmp_path, capsys, temperature, odds):
+@pytest.mark.parametrize("temperature, top_k, odds", [
+    (0, 2, math.inf), (1, 1, math.inf), (0.5, 2, 81), (1, 2, 9), (2, 2, 3)])
+def test_temperature_divides_the_logits_and_top_k_bounds_them(
+        tmp_path, capsys, temperature, top_k, odds):
     """With p = 0.9 and 0.1: at temperature 2 the odds of 9 become 3, at 0.5 they become 81."""
     save_checkpoint(tmp_path / "run.pt", constant_checkpoint([0.9, 0.1, 1e-30, 1e-30]))
     sample.main(["--out_dir", str(tmp_path / "run.pt"), "--start", "a", "--max_new_tokens", "800",
-                 "--temperature", str(temperature), "--top_k", "2"])
+                 "--temperature", str(temperature), "--top_k", str(top_k)])
     text, p = capsys.readouterr().out.split("\n---")[0], 1 / (1 + odds)
     assert len(text) == 801
     assert abs(text.count("b") / 800 - p) <= 5 * math.sqrt(p * (1 - p) / 800)
