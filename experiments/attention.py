@@ -247,7 +247,7 @@ def plot(runs, path):
                     panel.plot(at, found["mean"], color=style["color"], linestyle=line, linewidth=2,
                                label=f"mean over layers, queries {group} L")
             output.token_axis(panel, run["block_size"] + 0.5, ticks)
-            panel.set(title=run["name"], ylabel=f"mean {what}")
+            panel.set(title=report.as_label(run["name"]), ylabel=f"mean {what}")
         row[0].set_yscale("log")
         row[0].set_ylim(bottom=1e-4)
     figure.supxlabel("1 + distance to the key (tokens)", fontsize="medium")

@@ -28,7 +28,7 @@ def plot(folders, x, path):
     styles = report.styles([load_checkpoint(folder)["config"] for folder in folders])
     for folder, name, style in zip(folders, report.run_names(folders), styles):
         log = read_log(folder)
-        draw_line(panel, log, x, "val_loss", label=name, markersize=5, **style)
+        draw_line(panel, log, x, "val_loss", label=report.as_label(name), markersize=5, **style)
         draw_line(panel, log, x, "train_loss", color=style["color"], linewidth=0.8, alpha=0.5)
     panel.set(xlabel=X_AXES[x], ylabel="loss (nats per token)",
               title="validation loss (thin: training loss)")

@@ -99,17 +99,18 @@ def train_and_test(config, seed, args, device):
     """-> the run of a network, as the JSON holds it. In float32 and one thread: so small a network
     gains nothing from less or more."""
     torch.set_num_threads(1)
-    started, tasks = time.time(), tasks_of(args)
+    started, tasks = time.monotonic(), tasks_of(args)
     edges = bucket_edges(args.block_size, args.max_factor)
     model, loss = train(config, args, seed, device)
     found = {name: [test(model, task, start, end, args.batches, seed, device, tasks.shortest)
                     for start, end in zip(edges, edges[1:])]
              for name, (task, _) in tasks.tested.items()}
     inside = ", ".join(f"{name} {buckets[0]['accuracy']:.3f}" for name, buckets in found.items())
-    print(f"{name_of(config):16} seed {seed}   {time.time() - started:5.0f} s   accuracy inside L: "
-          f"{inside}", flush=True)
+    seconds = time.monotonic() - started
+    print(f"{name_of(config):16} seed {seed}   {seconds:5.0f} s   accuracy inside L: {inside}",
+          flush=True)
     return {"name": name_of(config), "pe": config.pe, "seed": seed, "config": asdict(config),
-            "loss": loss, "seconds": time.time() - started, "tasks": found}
+            "loss": loss, "seconds": seconds, "tasks": found}
 
 
 def train_and_test_all(args, device):
@@ -221,8 +222,8 @@ def show(panels, runs, x, xlabel, L, path):
         n_rows, 2, figsize=(12, 1 + 3.9 * n_rows), layout="constrained", squeeze=False)
     for panel, (title, key, rows, guesses) in zip(axes.flat, panels):
         for run, row, style in zip(runs, rows, report.styles(runs)):
-            output.draw_line(panel, row, x, key, f"{key}_stderr", label=in_words(run["name"]),
-                             **style)
+            label = report.as_label(in_words(run["name"]))
+            output.draw_line(panel, row, x, key, f"{key}_stderr", label=label, **style)
         for guess in guesses:
             panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
         if "accuracy" in key:

@@ -30,12 +30,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import eval_extrapolation
-import train
 from common import flags, report
 from common.checkpoint import load_checkpoint
 from common.device import Device, DeviceConfig, stop_signals
+from eval_extrapolation import choose_windows, plot, score_runs
+from eval_extrapolation import make_parser as make_scoring_parser
 from experiments import groups
+from train import parse
+
+PROJECT = Path(__file__).parents[1]
 
 # --- Which runs there are -------------------------------------------------------------------------
 
@@ -79,7 +82,7 @@ def make_jobs(words, out_dir):
     jobs = {}
     for chosen in combinations(given):
         argv = [*files, *as_argv(chosen), "--out_dir", str(out_dir)]
-        network, config, _ = train.parse(argv)
+        network, config, _ = parse(argv)
         idle = flags.without_effect(network)
         chosen = {flag: value for flag, value in chosen.items() if flag not in idle}
         settings, name = asdict(network) | asdict(config), groups.name_of(network)
@@ -110,7 +113,7 @@ def is_complete(folder):
 def start(folder, argv):
     """-> the process that trains a run, or continues it. Its output goes to train.txt."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, train.__file__, *argv, "--out_dir", str(folder)]
+    command = [sys.executable, PROJECT / "train.py", *argv, "--out_dir", str(folder)]
     command += ["--resume"] if is_started(folder) else []
     with open(folder / "train.txt", "a", encoding="utf-8") as output:
         # One thread, so that the result does not depend on --jobs.
@@ -140,11 +143,11 @@ def train_all(jobs, at_a_time):
 def score(folders, args):
     """-> the runs as the JSON of eval_extrapolation.py holds them."""
     names, checkpoints = report.run_names(folders), [load_checkpoint(folder) for folder in folders]
-    options = eval_extrapolation.make_parser().parse_args(
+    options = make_scoring_parser().parse_args(
         [*map(str, folders), f"--max_factor={args.max_factor}", f"--windows={args.windows}"])
     device = Device(DeviceConfig(checkpoints[0]["args"]["device"]))
-    *text, sha256 = eval_extrapolation.choose_windows(options, checkpoints, names)
-    runs = eval_extrapolation.score_runs(options, checkpoints, names, *text, device)
+    *text, sha256 = choose_windows(options, checkpoints, names)
+    runs = score_runs(options, checkpoints, names, *text, device)
     return [run | {"dataset_sha256": sha256} for run in runs]
 
 
@@ -238,7 +241,7 @@ def main(argv=None):
         groups.over_seeds(scores, ["name", "start", "end"], RANGES).to_csv(
             f"{args.out_dir}/sweep.csv")
     if args.plot:
-        eval_extrapolation.plot([group | {"name": groups.in_words(group["name"])}
+        plot([group | {"name": groups.in_words(group["name"])}
                                  for group in found], args.plot)
     print_groups(found)
     if failed:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import train
 from common import device as common_device
 from common import flags
 from common.checkpoint import load_checkpoint
-from common.device import pick_device, pick_dtype
+from common.device import Device, DeviceConfig, pick_device, pick_dtype
 from model import GPT, GPTConfig
 from tests.conftest import PROJECT, TINY_FLAGS, assert_same_run, log, processes, resumed, run
 
@@ -98,6 +99,14 @@ def test_a_second_ctrl_c_does_not_wait(dataset, tmp_path, at_batch, refused):
         run(dataset, tmp_path, "--max_iters", "3")
 
 
+def test_a_training_in_a_thread_as_in_a_notebook_runs_without_handlers(dataset, tmp_path, refused):
+    thread = threading.Thread(target=run, args=(dataset, tmp_path, "--max_iters", "2"))
+    thread.start()
+    thread.join()
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 2
+    assert {signal.getsignal(number) for number in SIGNALS} == {refused}
+
+
 def train_at_a_terminal_that_closes(arguments):
     """With a terminal as a process started by ssh has it. It closes in the eighth step."""
     import fcntl  # not on Windows
@@ -134,6 +143,15 @@ def test_nohup_goes_on_when_the_session_ends(dataset, tmp_path, at_batch, refuse
 
 
 # --- several processes
+
+
+def test_a_rank_that_a_cluster_left_in_the_environment_is_not_torchrun_s(monkeypatch):
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    device = Device(DeviceConfig(device="cpu"))
+    assert (device.rank, device.n_processes) == (0, 1)
+    with device.processes():
+        pass  # connects to nobody
 
 
 def train_as_rank(rank, port, arguments):

@@ -1,6 +1,7 @@
 """Scores beyond the trained context: one pass equals many, buckets, errors, scalings, tables.
 
 The expected numbers are computed by hand, for models that predict the same everywhere."""
+import io
 import json
 import math
 import sys
@@ -216,7 +217,25 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
             expected = [cell(bucket, key, digits) for bucket in run["buckets"]]
             assert [text.strip() for text in line.split("  ")[1:] if text] == expected
     assert "[0, 16)" in ppl and "[32, 64)" in ppl
-    assert (tmp_path / "new" / "r.svg").read_text().count("<!-- learned -->") == 1  # in the legend
+    assert (tmp_path / "new" / "r.svg").read_text().count(" learned -->") == 1  # in the legend
+
+
+def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    names = ["_old", "a$b", "$x$", *(f"a run with a long name, {i}" for i in range(9))]
+    bucket = {"nll": 1.0, "ppl": math.e, "ppl_local": 3.0, "stderr": 0.1}
+    drawn, buckets = [], [{**bucket, "start": 0, "end": 128}, {**bucket, "start": 128, "end": 256}]
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    eval_extrapolation.plot([{"name": name, "pe": "rope", "buckets": buckets} for name in names],
+                            io.BytesIO())
+    [figure] = drawn
+    [legend], [axes] = figure.legends, figure.axes
+    assert {f" {name}".replace("$", r"\$") for name in names} <= {
+        text.get_text() for text in legend.get_texts()}
+    for shown in (legend, axes.xaxis.label, axes.yaxis.label):
+        box = shown.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
 
 
 def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 Flags from fields and files, flags without effect, failures in one line.
 """
 import errno
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from unittest.mock import Mock
 
@@ -15,7 +18,7 @@ import sample
 import train
 from common import flags
 from model import GPT, PE, GPTConfig
-from tests.conftest import all_logits, byte_tokenizer, constant_checkpoint, run
+from tests.conftest import PROJECT, all_logits, byte_tokenizer, constant_checkpoint, run
 
 # --- files of flags
 
@@ -136,3 +139,11 @@ def test_a_defect_keeps_its_trace_ctrl_c_gives_130_and_success_nothing(capsys):
     assert stopped.value.code == 130
     flags.run(Mock())
     assert capsys.readouterr() == ("", "")
+
+
+def test_text_that_the_encoding_of_the_output_lacks_ends_no_script():
+    """As on Windows, if the output goes to a file."""
+    code = "from common import flags; flags.run(lambda: print('caf\\xe9 \\u65e5\\udce9'))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=PROJECT,
+                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert (ended.returncode, ended.stdout.strip()) == (0, b"caf\xe9 ??")

@@ -35,6 +35,12 @@ def test_the_default_data_set_is_made_once_and_beside_the_project(tmp_path, monk
     assert len(list(tmp_path.glob("project/pysrc_char/*.*"))) == 3
 
 
+def test_a_data_set_of_that_name_in_the_current_folder_comes_first(other, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(other, loader.DEFAULT_DATASET)
+    assert open_dataset(loader.DEFAULT_DATASET)[0] == open_dataset(other)[0]
+
+
 def test_a_missing_data_set_is_answered_with_the_command_that_makes_one(tmp_path, fails):
     code, [line] = fails(train, ["--dataset", str(tmp_path), "--out_dir", str(tmp_path / "out")])
     assert code == 2 and f"--source YOUR_TEXT --out_dir {tmp_path}`" in line
@@ -68,11 +74,31 @@ def test_a_data_folder_of_nanogpt_is_one_document_of_its_characters_or_of_gpt2_s
     assert meta["vocab_size"] == tokenizer.vocab_size  # so that unknown characters have a token
     windows = document_windows(ids["val"], tokenizer.end_of_document, 50, 100)
     assert len(windows) == len(ids["val"]) // 51
-    np.zeros(100, dtype=np.uint16).tofile(nanogpt / "val.bin")
+    np.ones(100, dtype=np.uint16).tofile(nanogpt / "val.bin")
     assert open_dataset(nanogpt)[0]["sha256"] != meta["sha256"]
     (nanogpt / "meta.pkl").unlink()
     meta, _ = open_dataset(nanogpt)
     assert meta["tokenizer"] == {"kind": "gpt2"} and meta["vocab_size"] == 50257
+
+
+@pytest.mark.parametrize("dtype, factor", [("uint32", 1), ("int64", 1), ("uint8", 9),
+                                           ("uint32", 4000), ("uint16", 2000)])
+@pytest.mark.parametrize("characters", [True, False])
+def test_ids_of_another_width_or_another_vocabulary_are_refused(nanogpt, dtype, factor, characters):
+    for part in ("train", "val"):
+        ids = factor * np.fromfile(nanogpt / f"{part}.bin", np.uint16).astype(int)  # at most 27 x
+        ids.astype(dtype).tofile(nanogpt / f"{part}.bin")
+    if not characters:
+        (nanogpt / "meta.pkl").unlink()
+    with pytest.raises(ValueError, match=r"val.bin has to hold ids below .* as a uint16"):
+        open_dataset(nanogpt)
+
+
+@pytest.mark.parametrize("meta", [{"vocab_size": 50304}, {"itos": {0: "the", 1: " quick"}}])
+def test_a_meta_pkl_without_a_character_for_each_id_is_refused(nanogpt, meta):
+    (nanogpt / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(ValueError, match="meta.pkl has no itos of single characters"):
+        open_dataset(nanogpt)
 
 
 def test_a_meta_pkl_is_read_without_executing_it(nanogpt):
@@ -192,3 +218,11 @@ def test_a_text_is_scored_and_its_unknown_characters_are_counted(dataset, tmp_pa
         ids, _, digest, made = text_to_score([checkpoint_of(dataset)], ["run"], text=str(path))
         assert made.decode(ids[:4]) == "abcd" and digest == sha256(text.encode())
         assert capsys.readouterr().out == note
+
+
+def test_a_text_is_divided_at_endoftext_and_no_window_crosses_a_border(dataset, tmp_path):
+    (tmp_path / "stories.txt").write_text("one two<|endoftext|>\nthree<|endoftext|>\n")
+    ids, _, _, tokenizer = text_to_score([checkpoint_of(dataset)], ["run"],
+                                         text=str(tmp_path / "stories.txt"))
+    windows = document_windows(ids, tokenizer.end_of_document, 5, 9)
+    assert [tokenizer.decode(row) for row in windows] == ["one tw", "\nthree"]

@@ -6,9 +6,11 @@ import ast
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import textwrap
 import tomllib
@@ -58,7 +60,8 @@ MISTAKES = {
         ("{run} --max_factor 10000", "--max_factor"), ("{run} --max_factor 0", "--max_factor"),
         ("{run} --text {tmp}/short.txt", "longer"), ("{run} --dataset {other}", "tokenizer")],
     data.prepare: [
-        ("--source {tmp}/none", "none"), ("--source {tmp}/latin1.txt", "UTF-8"),
+        ("--source {tmp}/none", "none"), ("{tmp}/short.txt", "--help"),
+        ("--source {tmp}/latin1.txt", "UTF-8"),
         ("--source {tmp}/short.txt --out_dir {tmp}/set", "too few"),
         ("--source {tmp}/short.txt --out_dir {other}", "--out_dir")]}
 
@@ -91,6 +94,31 @@ def test_a_mistake_gets_one_line_and_an_exit_code_and_changes_nothing(
     assert code == 2 and len(lines) == 1 and "error: " in lines[0] and named in lines[0], lines
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(tmp_path.glob("out/*.pt"))
+
+
+@pytest.mark.parametrize("name", ["train.py", "data/prepare.py", "experiments/page.py"])
+def test_a_script_that_is_started_by_its_path_runs_or_says_how_it_is_started(name, tmp_path):
+    """From any folder, and although other packages have the names of ours."""
+    for other in ("common", "data"):
+        (tmp_path / other).mkdir()
+        (tmp_path / other / "__init__.py").touch()
+    ended = subprocess.run([sys.executable, PROJECT / name, "--help"], cwd=tmp_path, text=True,
+                           capture_output=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    if name == "train.py":
+        assert ended.returncode == 0 and ended.stdout.startswith("usage")
+    else:
+        [line] = ended.stderr.splitlines()
+        assert line.endswith(f"python -m {name.removesuffix('.py').replace('/', '.')}")
+
+
+def test_common_is_the_first_module_of_ours_that_an_experiment_imports():
+    """experiments/common.py, which stands in for it, then says how the script is started."""
+    ours = {path.stem for path in [*PROJECT.glob("*.py"), PROJECT / "common", PROJECT / "data"]}
+    for path in (PROJECT / "experiments").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        imported = [name for name in re.findall(r"^(?:from|import) (\w+)", text, re.M)
+                    if name in {*ours, "experiments"}]
+        assert "__main__" not in text or imported[0] == "common", path
 
 
 # --- what is published can be repeated

@@ -6,6 +6,7 @@ import torch
 
 import sample
 from common.checkpoint import load_model, save_checkpoint
+from model import GPT
 from tests.conftest import byte_tokenizer, constant_checkpoint
 
 
@@ -44,6 +45,15 @@ def test_a_text_begins_with_its_start_a_text_or_a_file_and_goes_past_block_size(
         assert found.startswith(text) and len(found) >= len(text) + 40
     with pytest.raises(ValueError, match="--start is empty"):
         sampled("--start", "")
+
+
+def test_endoftext_in_the_start_is_the_token_between_documents(tmp_path, capsys, monkeypatch):
+    save_checkpoint(tmp_path / "run.pt", constant_checkpoint([0.9, 0.1, 1e-30, 1e-30]))
+    given = []
+    monkeypatch.setattr(GPT, "stream", lambda self, idx, *_: given.append(idx) or [])
+    for start in ("a", "a<|endoftext|>b", "a<|endoftext|>"):
+        sample.main(["--out_dir", str(tmp_path / "run.pt"), "--start", start])
+    assert [idx.tolist() for idx in given] == [[[0]], [[0, 3, 1]], [[0, 3]]]
 
 
 @pytest.mark.parametrize("temperature, top_k, odds", [

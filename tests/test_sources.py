@@ -3,6 +3,7 @@ Where text comes from: installed packages, downloads, and the user's own files a
 
     python -m pytest tests/test_sources.py
 """
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -115,8 +116,62 @@ def test_files_that_are_not_text_are_left_out_with_one_note_unless_there_is_one(
         (tmp_path / f"{name}.png").write_bytes(b"\x89PNG\0\0")
     assert names_read(tmp_path) == ["a.txt", "e.txt"]
     assert capsys.readouterr().out.startswith("note: left out 3 of 5 files")
-    with pytest.raises(ValueError, match="b.png is not UTF-8 .*position 0.*iconv"):
+    with pytest.raises(ValueError, match="b.png is not text in UTF-8 .*position 0.*extract the"):
         read_source([str(tmp_path / "b.png")])  # the only one
+
+
+def test_files_of_another_kind_that_happen_to_be_ascii_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        archive.add(tmp_path / "a.txt")
+    (tmp_path / "c.rtf").write_text(r"{\rtf1\ansi text}")
+    (tmp_path / "d.pdf").write_text("%PDF-1.4\n1 0 obj")
+    (tmp_path / "e.txt").write_text("text without a mark", encoding="utf-16-le")
+    assert read_source([str(tmp_path)]) == [("text",)]
+    for name in ("b.tar", "c.rtf", "d.pdf", "e.txt"):
+        with pytest.raises(ValueError, match=f"{name} is not text in UTF-8 .*extract the text"):
+            read_source([str(tmp_path / name)])
+
+
+BOOK = """\ufeffThe Project Gutenberg eBook of A Book
+
+*** START OF THE PROJECT GUTENBERG EBOOK A BOOK; OR,
+A LONG TITLE ***
+It was {}.
+* * *
+The end.
+*** END OF THE PROJECT GUTENBERG EBOOK A BOOK ***
+""" + "The licence. " * 1500
+
+
+def test_a_book_of_project_gutenberg_has_no_licence(tmp_path, capsys):
+    this = BOOK.replace("*** START OF THE", "***START OF THIS").replace("*** END OF", "***END OF")
+    for name, text in (("a", BOOK.format("a")), ("b", this.format("b")), ("c", "A letter."),
+                       ("d", BOOK.format("d").partition("*** END")[0]),  # cut short
+                       ("e", BOOK.format("e") + "\n" + BOOK.format("f"))):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    texts = [text.strip() for text, in read_source([str(tmp_path)])]
+    assert texts[:2] == ["It was a.\n* * *\nThe end.", "It was b.\n* * *\nThe end."]
+    assert texts[2] == "A letter." and [text[:9] for text in texts[3:]] == [
+        "It was d.", "It was e.", "It was f."]
+    assert not any("licence" in text for text in texts)
+    assert "repeated end of 4 files, such as " + str(tmp_path / "a") in capsys.readouterr().out
+
+
+def test_a_long_last_paragraph_is_kept_once_and_copies_are_left_out_whole(tmp_path, capsys):
+    licence, chorus = "The licence. " * 100, "La la la. " * 100  # the latter has 1,000 characters
+    for name, text in (("a", f"One.\n\n{licence}"), ("b", f"Two.\n\n{licence}\n"),
+                       ("c", f"Two.\n\n{licence}\n"), ("d", f"One.\n\n{licence}"),
+                       ("e", f"Three.\n\n{chorus}"), ("f", f"Four.\n\n{chorus}")):
+        (tmp_path / name).write_text(text)
+    assert read_source([str(tmp_path)]) == [
+        (f"One.\n\n{licence}",), ("Two.",), (f"Three.\n\n{chorus}",), (f"Four.\n\n{chorus}",)]
+    assert "note: left out a licence or a repeated end of 2 files" in capsys.readouterr().out
+
+
+def test_endoftext_is_the_border_between_documents(tmp_path):
+    (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.<|endoftext|><|endoftext|>\n")
+    assert read_source([str(tmp_path / "stories.txt")]) == [("One.\n",), ("\nTwo.",)]
 
 
 def test_each_path_of_a_list_has_to_exist(tmp_path, fails):
