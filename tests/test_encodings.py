@@ -30,7 +30,7 @@ def scaled(j, scaling, s, base, block_size, head_dim):
         def index_of(turns):  # where on the spectrum a pair would have so many turns in L
             return head_dim * math.log(block_size / (turns * 2 * math.pi)) / (2 * math.log(base))
         low, high = max(0, math.floor(index_of(32))), min(head_dim - 1, math.ceil(index_of(1)))
-        keep = 1 - min(1, max(0, (j - low) / (high - low)))
+        keep = 1 - min(1, max(0, (j - low) / max(0.001, high - low)))
         return theta * keep + theta / s * (1 - keep)
     return theta
 
@@ -233,8 +233,8 @@ def test_hope_with_a_very_long_context_is_rope_and_with_one_below_2_pi_is_nope()
 
 @pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("head_dim, block_size, s, base", [
-    (32, 128, 16.0, 1e4), (64, 512, 4.0, 1e4), (128, 4096, 2.5, 1e4), (128, 4096, 8.0, 1e4),
-    (64, 512, 1.0, 1e4), (32, 128, 8.0, 4.0)])  # the last: yarn's ramp ends beyond all pairs
+    (32, 128, 16.0, 1e4), (64, 512, 4.0, 1e4), (128, 4096, 2.5, 1e4), (64, 512, 1.0, 1e4),
+    (16, 6, 4.0, 1e4), (32, 128, 8.0, 4.0)])  # yarn's ramp: no width; beyond all pairs
 def test_scaled_frequencies_equal_the_reference(head_dim, block_size, s, base, scaling):
     plain, found = (spectrum(head_dim, block_size=block_size, rope_scaling=name, rope_factor=s,
                              rope_base=base) for name in ("none", scaling))

@@ -162,7 +162,8 @@ def test_the_pattern_l_is_the_plain_network_to_the_bit(pe):
 
 
 @pytest.mark.parametrize("changes", [
-    *(dict(pe=pe) for pe in PE), dict(pe="t5", local_pe="kerple", window_pattern="SL")], ids=str)
+    *(dict(pe=pe) for pe in PE), dict(pe="t5", local_pe="kerple", window_pattern="SL"),
+    dict(pe="kerple", window_pattern="SL", local_rope_base=50.0)], ids=str)
 def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes):
     def weights(**changes):
         torch.manual_seed(7)
