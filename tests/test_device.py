@@ -1,6 +1,4 @@
-"""
-Where a run computes: devices, number formats, signals, the processes of torchrun.
-"""
+"""Where a run computes: devices, number formats, signals, the processes of torchrun."""
 import os
 import signal
 import subprocess

@@ -1,6 +1,4 @@
-"""
-Flags from fields and files, flags without effect, failures in one line.
-"""
+"""Flags from fields and files, flags without effect, failures in one line."""
 import errno
 import os
 import re
