@@ -1,8 +1,4 @@
-"""
-From text to a data set: what is held out, what meta.json says, and that no set replaces another.
-
-    python -m pytest tests/test_prepare.py
-"""
+"""From text to a data set: what is held out, what meta.json says, no set replaces another."""
 import os
 import shutil
 import signal
@@ -82,11 +78,6 @@ def test_the_end_of_the_longest_is_held_out_if_whole_documents_give_less_than_a_
     assert val == [small] and len(train) == 16
 
 
-def test_a_text_of_five_characters_is_too_little():
-    with pytest.raises(ValueError, match="has 5 characters, too few"):
-        split([("he",), ("llo",)])
-
-
 def test_characters_are_those_of_the_training_text_if_one_follows_the_advice(
         novel, tmp_path, capsys):
     novel.write_text("ночь " * 500 + "ééé", encoding="utf-8")  # at its end, the validation text
@@ -108,16 +99,6 @@ def test_names_of_data_sets_say_source_and_tokenizer(novel, monkeypatch):
     assert prepare("My Novel.txt") == Path("data/My_Novel_text_char")
     assert prepare("pysrc.md") == Path("data/pysrc_text_char")
     assert prepare("*.md", "bpe", vocab_size=300) == Path("data/text_bpe300")
-
-
-def test_a_path_with_the_name_of_a_known_source_is_not_silently_another_text(
-        novel, fails, monkeypatch):
-    monkeypatch.chdir(novel.parent)
-    shutil.copy(novel, "sotu")
-    code, [line] = fails(data.prepare, ["--source", "sotu"])
-    assert code == 2 and "write --source ./sotu for it" in line
-    data.prepare.main(["--source", "./sotu"])
-    assert documents_of("data/sotu_text_char")["val"] == [(STORY * 50)[-160:]]
 
 
 def test_the_same_data_set_is_kept_and_any_other_is_refused(novel, tmp_path, fails):
