@@ -190,7 +190,7 @@ def test_training_and_test_lengths_are_disjoint(monkeypatch):
 RECALL = "--max_iters 2 --n_embd 16 --max_factor 2 --batches 1 --device cpu".split()
 
 
-def test_small_models_are_averaged_over_seeds(tmp_path, capsys):
+def test_small_models_are_averaged_over_seeds(tmp_path):
     pytest.importorskip("matplotlib")
     recall.main([*RECALL, "--hard", "--pe", "hope:SL:4", "learned", "--seed", "1", "2",
                  "--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "r.png")])
@@ -204,7 +204,6 @@ def test_small_models_are_averaged_over_seeds(tmp_path, capsys):
     assert bucket["accuracy"] == pytest.approx(sum(values) / 2, abs=1e-3)
     assert bucket["accuracy_stderr"] == pytest.approx(abs(values[0] - values[1]) / 2, abs=1e-3)
     assert learned["tasks"]["match"][1] is None  # beyond L
-    assert "crowd: accuracy" in capsys.readouterr().out
     assert (tmp_path / "r.png").stat().st_size > 1000
 
 
@@ -247,7 +246,7 @@ def test_a_needle_stands_at_both_places_and_its_second_half_alone_is_scored():
         assert found["unseen_accuracy"] == found["second_accuracy"] and found["length"] == 32
 
 
-def test_language_models_write_tables_json_and_picture(finished_run, tmp_path, capsys):
+def test_language_models_write_json_and_picture(finished_run, tmp_path):
     pytest.importorskip("matplotlib")
     recall.main([finished_run, "--max_factor", "4", "--windows", "3", "--device", "cpu",
                  "--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")])
@@ -255,8 +254,6 @@ def test_language_models_write_tables_json_and_picture(finished_run, tmp_path, c
     for what in ("distances", "needles"):
         buckets = result["runs"][0][what]
         assert [bucket["distance"] for bucket in buckets] == [4, 8, 12, 16, 32]
-    gain = capsys.readouterr().out.split("needle: nats")[1].splitlines()[2].split()
-    assert float(gain[1]) == pytest.approx(result["runs"][0]["needles"][0]["gain"], abs=1e-3)
     assert (tmp_path / "t.png").stat().st_size > 1000
 
 
@@ -272,11 +269,3 @@ def test_needles_are_shuffled_passages_scored_from_their_middle(finished_run, mo
         assert torch.equal(passage, windows[:, :4]) and not torch.equal(needle, passage)
         assert torch.equal(needle.sort().values, passage.sort().values)
         assert torch.equal(needle, needles[0][1])  # the same at every distance
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ("--pe hope:SL", "not an arrangement"), ("--block_size 25", "at least 26"),
-    ("none", "no checkpoint")])
-def test_mistakes_get_one_line_and_exit_code_2(arguments, words, fails):
-    code, lines = fails(recall, arguments.split())
-    assert code == 2 and len(lines) == 1 and words in lines[0], lines
