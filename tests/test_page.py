@@ -116,12 +116,6 @@ def test_a_chosen_token_is_shown_with_what_each_run_expected(token, opened):
             assert percent == pytest.approx([x for x in p if x], abs=1)  # the right one is exact
 
 
-def test_positions_beyond_a_learned_encoding_are_called_undefined(opened):
-    for token in (L, L + 1):
-        opened.run(f"choose({token})")
-        assert ("undefined" in opened.text("detail").split("learned")[1]) == (token > L)
-
-
 @pytest.mark.parametrize("seed, factor", [(0, 8), (1, 1), (2, 3)])
 def test_two_hundred_random_actions(seed, factor, runs, tmp_path):
     opened, draw = make(runs, tmp_path, "--max_factor", str(factor)), random.Random(seed)
@@ -172,14 +166,6 @@ def test_keys_chart_and_pointer_move_the_choice(opened):
         assert opened.run("at") == at
 
 
-def test_multiples_of_L_are_marked_and_the_page_says_how_it_was_made(opened, dataset):
-    marked = "spans.flatMap((s, i) => s.classList.contains('mark') ? [i - 1] : [])"
-    assert opened.run(marked) == [L, 2 * L, 4 * L]
-    text = " ".join((opened.text("intro") + opened.text("notes")).split())
-    for part in (f"{FACTOR * L} tokens", "3 runs", f"L = {L}", dataset, "6 windows"):
-        assert part in text
-
-
 @pytest.mark.parametrize("kind, options", [("char", {"charset": "auto"}),
                                            ("bpe", {"vocab_size": 265})])
 def test_hostile_text_is_escaped_in_the_file_and_shown_as_text(kind, options, tmp_path):
@@ -205,11 +191,3 @@ def test_hostile_text_is_escaped_in_the_file_and_shown_as_text(kind, options, tm
     for _ in range(FACTOR * L):
         opened.run("choose(at + 1, 'nearest')")
         opened.check_content()
-
-
-@pytest.mark.parametrize("other, words", [("none", "no checkpoint"), ("short", "block_size")])
-def test_mistakes_are_one_line(other, words, dataset, finished_run, tmp_path, fails):
-    short_run(dataset, tmp_path / "short", "--block_size", "8")
-    code, lines = fails(page, [finished_run, str(tmp_path / other), "--html", f"{tmp_path}/a.html"])
-    assert code == 2 and len(lines) == 1 and words in lines[0]
-    assert not (tmp_path / "a.html").exists()
