@@ -2,13 +2,8 @@
 Runs a page of this project without a browser: its script in QuickJS, on a small stand-in for the
 document (page_stub.js).
 
-    page = Page(html, hash="#L=64")     # checks the page, builds its elements, runs its script
-    page.input("L", 7)                  # moves a slider: its limits apply, and its events follow
-    page.click("play")                  # an id, or a selector; check boxes and radio buttons change
-    page.key("text", "ArrowRight")
-    page.send("chart", "pointermove", offsetX=5, buttons=1)
-    page.run("state.L")                 # the value of any JavaScript, with the script's own names
-    page.check_content()                # no NaN, undefined or Infinity in a text or an attribute
+    page = Page(html, hash="#L=64")
+    page.input("L", 7)                  # an id, or a selector
 
 Each action also runs what the page has scheduled by then (frames, timers, observers). An exception
 in the page's script fails the test as a quickjs.JSException; so do tags that are not closed and
@@ -100,6 +95,7 @@ class Page:
         return self.run(f"stub.text(stub.find({json.dumps(target)}))")
 
     def check_content(self):
+        """No NaN, undefined or Infinity in a text or an attribute."""
         html = self.run("stub.html(document.body)")
         wrong = re.search(r"\b(NaN|undefined|Infinity)\b|\[object", html)
         assert not wrong, html[max(0, wrong.start() - 80):wrong.end() + 40]
