@@ -4,7 +4,6 @@ another run.
 """
 import copy
 import errno
-import io
 import itertools
 import json
 import math
@@ -121,9 +120,7 @@ def test_a_step_gives_the_optimizers_the_clipped_gradient_of_the_mean_loss_of_al
         assert one.train_loss.item() == pytest.approx(loss.item(), rel=most)
         assert one.grad_norm.item() == pytest.approx(norm, rel=most)  # before clipping
         assert one.scaler.is_enabled() == (dtype == "float16")
-        rates = [optimizer.param_groups[0]["lr"] for optimizer in one.optimizers]
-        assert one.lr == rates[0] == learning_rate_at(step, one.config)
-        assert rates[1] == pytest.approx(one.lr * 3e-2 / 4e-2)
+        assert one.lr == learning_rate_at(step, one.config)
         assert not any(map(torch.equal, model.parameters(), one.model.parameters()))
 
 
@@ -208,7 +205,7 @@ def test_a_diverging_run_ends_with_an_error_and_keeps_the_last_good_checkpoint(
     assert log(tmp_path)[-1]["iter"] == 6 and log(tmp_path)[-1]["val_loss"] is None  # no NaN
 
 
-# --- the log and what is printed
+# --- the log
 
 
 def test_training_learns_and_the_log_has_a_line_per_evaluation(dataset, tmp_path):
@@ -248,23 +245,6 @@ def test_a_log_line_has_the_mean_training_loss_since_the_line_before(dataset, tm
         since = [losses[step] for step in range(first, line["iter"] + 1)]
         assert line["train_loss"] == pytest.approx(sum(since) / len(since), rel=1e-5)
         assert line["lr"] > 0 and line["grad_norm"] > 0
-
-
-def test_each_line_of_the_log_is_printed_and_a_terminal_gets_a_progress_bar_too(
-        dataset, tmp_path, monkeypatch, capsys):
-    run(dataset, tmp_path / "job", "--max_iters", "10", "--log_interval", "2")
-    captured = capsys.readouterr()
-    assert captured.err == ""  # no progress bar in the file of a job
-    printed = [line for line in captured.out.splitlines() if line.startswith("step ")]
-    for text, line in zip(printed, log(tmp_path / "job"), strict=True):
-        losses = [f"{name} {line[name]:.4f}" for name in ("train_loss", "val_loss") if name in line]
-        assert text.startswith(f"step {line['iter']} of 10, ") and text.endswith(", ".join(losses))
-
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    monkeypatch.setattr(sys, "stderr", terminal)
-    run(dataset, tmp_path / "terminal", "--max_iters", "10")
-    assert "10/10" in terminal.getvalue() and "step 10 " in capsys.readouterr().out
 
 
 def test_a_reader_that_leaves_ends_the_run_with_an_exit_code_after_its_step_is_saved(
@@ -457,7 +437,7 @@ def test_a_resumed_run_refuses_to_compute_something_else(finished_run, fails):
 
 
 def test_a_resumed_run_may_go_on_for_longer_at_the_lowest_rate_and_evaluate_more_often(
-        finished_run, dataset, tmp_path, monkeypatch, capsys):
+        finished_run, dataset, tmp_path, monkeypatch):
     """And its folder may have moved, here to the default one."""
     shutil.copytree(finished_run, tmp_path / "out" / "default")
     monkeypatch.chdir(tmp_path)
@@ -467,7 +447,6 @@ def test_a_resumed_run_may_go_on_for_longer_at_the_lowest_rate_and_evaluate_more
     assert [line["iter"] for line in lines] == [0, 5, 10, 11, 12, 13, 14]
     assert [line["iter"] for line in lines if "val_loss" in line] == [0, 5, 10, 12, 14]
     assert lines[-1]["lr"] == pytest.approx(4e-3)
-    assert "the schedule ends at step 10" in capsys.readouterr().out
 
 
 def test_a_moved_data_set_can_be_named_but_no_changed_one(finished_run, dataset, tmp_path, fails):
@@ -484,25 +463,13 @@ def test_a_moved_data_set_can_be_named_but_no_changed_one(finished_run, dataset,
 
 
 def test_a_run_that_starts_from_another_has_its_weights_and_a_new_schedule(
-        finished_run, dataset, tmp_path, capsys):
+        finished_run, dataset, tmp_path):
     best = load_checkpoint(finished_run)
     checkpoint = continued(finished_run, dataset, tmp_path / "next")
     assert checkpoint["config"] == best["config"] and checkpoint["iter"] == 5
     first = log(tmp_path / "next")[0]
     assert first["val_loss"] == pytest.approx(best["best_val_loss"], abs=1e-6)
     assert first["iter"] == 0 and checkpoint["args"]["lr_decay_iters"] == 5
-    assert (f"{len(best['model'])} tensors from {finished_run}; new: none; left out: none"
-            in capsys.readouterr().out)
-
-
-def test_weights_that_only_one_of_two_encodings_has_are_named_and_all_others_kept(
-        finished_run, dataset, tmp_path, capsys):
-    dropped = continued(finished_run, dataset, tmp_path / "nope", "--pe", "nope")
-    assert dropped["model"].keys() == load_checkpoint(finished_run)["model"].keys()
-    continued(finished_run, dataset, tmp_path / "t5", "--pe", "t5")
-    assert "new: transformer.wpe.table; left out: none" in capsys.readouterr().out
-    continued(tmp_path / "t5", dataset, tmp_path / "back", "--pe", "rope")
-    assert "left out: transformer.wpe.table" in capsys.readouterr().out
 
 
 def test_a_longer_context_with_scaling_rotates_as_the_checkpoint_does_where_it_was_trained(
