@@ -86,11 +86,6 @@ def test_a_run_that_was_stopped_between_evaluations_can_end_there(dataset, tmp_p
     assert last["iter"] == 8 and last["val_loss"] > 0 and last["train_loss"] > 0
 
 
-def test_a_signal_in_the_last_step_changes_nothing(dataset, tmp_path, at_batch, refused):
-    at_batch(2, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert run(dataset, tmp_path, "--max_iters", "3")["iter"] == 3
-
-
 def test_a_second_ctrl_c_does_not_wait(dataset, tmp_path, at_batch, refused):
     at_batch(0, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
     with pytest.raises(KeyboardInterrupt):
@@ -103,34 +98,6 @@ def test_a_training_in_a_thread_as_in_a_notebook_runs_without_handlers(dataset, 
     thread.join()
     assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 2
     assert {signal.getsignal(number) for number in SIGNALS} == {refused}
-
-
-def train_at_a_terminal_that_closes(arguments):
-    """With a terminal as a process started by ssh has it. It closes in the eighth step."""
-    import fcntl  # not on Windows
-    import termios
-
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    os.setsid()
-    terminal, own = os.openpty()
-    fcntl.ioctl(own, termios.TIOCSCTTY, 0)
-    for stream in (1, 2):
-        os.dup2(own, stream)
-    os.close(own)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
-    draw = train.training_batch
-    train.training_batch = lambda *args: (os.close(terminal) if args[4] == 7 else None,
-                                          draw(*args))[1]
-    flags.run(lambda: train.main(arguments))
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
-def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path):
-    process = processes.Process(target=train_at_a_terminal_that_closes, args=([
-        *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"],))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 129 and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 8
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
