@@ -1,9 +1,7 @@
 """Flags from fields and files, flags without effect, failures in one line."""
 import errno
-import os
+import io
 import re
-import subprocess
-import sys
 from dataclasses import fields
 from unittest.mock import Mock
 
@@ -16,7 +14,7 @@ import sample
 import train
 from common import flags
 from model import GPT, PE, GPTConfig
-from tests.conftest import PROJECT, all_logits, byte_tokenizer, constant_checkpoint, run
+from tests.conftest import all_logits, run
 
 # --- files of flags
 
@@ -29,13 +27,6 @@ def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
     assert config.out_dir == "a folder"
 
 
-def test_the_text_to_continue_may_begin_like_a_file_of_flags(tmp_path, capsys):
-    checkpoint = constant_checkpoint([1 / 257] * 257, tokenizer=byte_tokenizer())
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    sample.main(["--out_dir", str(tmp_path), "--start", "@nobody", "--max_new_tokens", "1"])
-    assert capsys.readouterr().out.startswith("@nobody")
-
-
 # --- flags from fields
 
 
@@ -43,33 +34,19 @@ def test_each_field_is_a_flag_with_its_type_and_default():
     parser = flags.ArgumentParser("A test.")
     flags.add_flags(parser, GPTConfig)
     flags.add_flags(parser, train.TrainConfig)
-    defaults = vars(parser.parse_args([]))
-    for field in (*fields(GPTConfig), *fields(train.TrainConfig)):
-        assert defaults[field.name] == field.default
-        choices = [*field.metadata["limits"].get("one_of", ["some text"])]
-        for kind, text, value in ((bool, None, True), (int, "3", 3), (float, "0.25", 0.25),
-                                  (str, choices[-1], choices[-1])):
-            if field.type in (kind, kind | None):
-                given = [f"--{field.name}"] + [text] * (text is not None)
-                parsed = getattr(parser.parse_args(given), field.name)
-                assert parsed == value and isinstance(parsed, kind), field.name
-        if field.type is bool:
-            assert getattr(parser.parse_args([f"--no-{field.name}"]), field.name) is False
+    assert vars(parser.parse_args([])) == {
+        field.name: field.default for field in (*fields(GPTConfig), *fields(train.TrainConfig))}
+    given = parser.parse_args("--no-bias --n_layer 3 --keep_every 5 --rope_base 9 --pe t5".split())
+    assert (given.bias, given.n_layer, given.keep_every, given.pe) == (False, 3, 5, "t5")
+    assert isinstance(given.rope_base, float)
 
 
 @pytest.mark.parametrize("script", [train, sample, eval_extrapolation, data.prepare])
-def test_help_has_the_defaults_that_say_something(script, capsys):
+def test_help_is_printed_and_has_the_defaults_that_say_something(script, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert stopped.value.code == 0 and text.startswith("usage") and "None" not in text
-    if script is train:
-        for field in (*fields(GPTConfig), *fields(train.TrainConfig)):
-            expected = rf"--{field.name} .*?\(default: {re.escape(str(field.default))}\)"
-            assert not field.default or field.name in ("vocab_size", "attn_scaling") or re.search(
-                expected, text), field.name
-        assert "prope: fraction p" in text and ", ".join(PE) in text
-        assert "--vocab_size" not in text and "--attn_scaling" not in text
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "(default: " in text and "None" not in text
 
 
 # --- flags without effect
@@ -97,11 +74,9 @@ def test_the_settings_without_effect_are_those_that_change_no_network(pe, around
 
 
 @pytest.mark.parametrize("given, names", [
-    ("--pe rope --hope_cutoff 3", ["hope_cutoff"]), ("--pe hope --hope_cutoff 0.9", []),
     ("--pe alibi --rope_base 3 --prope_fraction 0.5", ["rope_base", "prope_fraction"]),
-    ("--pe nope --local_pe hope --window_pattern SL --window 4 --hope_cutoff 3", []),
     ("--pe hope --hope_cutoff 100", ["NoPE"]), ("--pe hope --hope_cutoff 0", ["RoPE"]),
-    ("--pe prope --prope_fraction 1", ["RoPE"]), ("--pe hope", []), ("--pe rope", [])])
+    ("--pe hope --hope_cutoff 0.9", []), ("--pe rope", [])])
 def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_encoding(
         dataset, tmp_path, capsys, given, names):
     run(dataset, tmp_path, "--max_iters", "1", *given.split())
@@ -115,9 +90,7 @@ def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_
 
 @pytest.mark.parametrize("error, code, words", [
     (ValueError("one\nline"), 2, "one line"),
-    (FileNotFoundError(errno.ENOENT, "No such file", "a/b"), 2, "a/b"),
     (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left"),
-    (RuntimeError("diverged"), 1, "diverged"), (ImportError("no matplotlib"), 1, "no matplotlib"),
     (MemoryError(), 1, "lower --batch_size"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "lower --batch_size"),
     (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "lower --batch_size")])
@@ -139,9 +112,9 @@ def test_a_defect_keeps_its_trace_ctrl_c_gives_130_and_success_nothing(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_text_that_the_encoding_of_the_output_lacks_ends_no_script():
+def test_text_that_the_encoding_of_the_output_lacks_ends_no_script(monkeypatch):
     """As on Windows, if the output goes to a file."""
-    code = "from common import flags; flags.run(lambda: print('caf\\xe9 \\u65e5\\udce9'))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=PROJECT,
-                           env={**os.environ, "PYTHONIOENCODING": "cp1252"})
-    assert (ended.returncode, ended.stdout.strip()) == (0, b"caf\xe9 ??")
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    flags.run(lambda: print("café 日"))
+    assert written.getvalue().strip() == b"caf\xe9 ?"
