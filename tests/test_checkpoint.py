@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval_extrapolation
-import sample
 import train
 from common.checkpoint import (
     KEYS,
@@ -25,12 +23,8 @@ from common.checkpoint import (
     save_checkpoint,
     scaling_factor,
 )
-from model import GPT, GPTConfig
-from tests.conftest import TINY_FLAGS, Harmful, all_logits, constant_checkpoint, tiny
-
-COMMANDS = {"resume": (train, ["--resume", "--out_dir"]), "init_from": (train, ["--init_from"]),
-            "sample": (sample, ["--out_dir"]), "eval": (eval_extrapolation, [])}
-
+from model import GPTConfig
+from tests.conftest import TINY_FLAGS, Harmful, constant_checkpoint, tiny
 
 # --- reading
 
@@ -45,33 +39,14 @@ def test_a_checkpoint_gives_back_the_model_ready_to_evaluate(tmp_path):
     assert load_model(tmp_path / "ckpt.pt", attn_scaling="logn").config.attn_scaling == "logn"
 
 
-def test_scoring_and_sampling_a_folder_take_best_pt_if_there_is_one(tmp_path, capsys):
-    save_checkpoint(tmp_path / "best.pt", constant_checkpoint([1.0, 1e-30, 1e-30, 1e-30]))
-    save_checkpoint(tmp_path / "ckpt.pt", constant_checkpoint([1e-30, 1.0, 1e-30, 1e-30]))
-    (tmp_path / "a.txt").write_text("a" * 100)
-    eval_extrapolation.main([str(tmp_path), "--text", str(tmp_path / "a.txt"), "--max_factor", "2",
-                             "--json", str(tmp_path / "r.json")])
-    [scored] = json.loads((tmp_path / "r.json").read_text())["runs"]
-    assert scored["buckets"][0]["nll"] == pytest.approx(0, abs=1e-6)
-    for written in "ab":
-        capsys.readouterr()
-        sample.main(["--out_dir", str(tmp_path), "--start", "b", "--max_new_tokens", "9"])
-        assert capsys.readouterr().out.startswith("b" + 9 * written + "\n")
-        (tmp_path / "best.pt").unlink(missing_ok=True)
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_checkpoint_that_is_cut_anywhere_or_would_run_code_is_named_and_kept(
-        finished_run, tmp_path, fails, command):
+def test_a_checkpoint_that_is_cut_anywhere_or_would_run_code_is_named(finished_run, tmp_path):
     content, path = Path(finished_run, "ckpt.pt").read_bytes(), tmp_path / "ckpt.pt"
     save_checkpoint(path, {**load_checkpoint(finished_run), "args": Harmful(tmp_path / "executed")})
     lengths = [0, *random.Random(0).sample(range(1, len(content)), 5)]
-    script, arguments = COMMANDS[command]
     for wrong in (path.read_bytes(), *(content[:length] for length in lengths)):
         path.write_bytes(wrong)
-        code, lines = fails(script, [*arguments, str(tmp_path)])
-        assert code == 2 and len(lines) == 1 and f"{path} is damaged" in lines[0], lines
-        assert path.read_bytes() == wrong
+        with pytest.raises(ValueError, match=r"ckpt\.pt is damaged"):
+            load_checkpoint(path)
     assert not (tmp_path / "executed").exists()
 
 
@@ -132,17 +107,6 @@ def test_lines_after_the_checkpoint_and_one_cut_short_by_a_kill_are_dropped(tmp_
 
 
 # --- weights that start another model
-
-
-@pytest.mark.parametrize("pe", ["hope", "fire"])
-def test_the_same_weights_give_the_same_logits(pe):
-    source = tiny(pe)
-    model = GPT(source.config)
-    names, new, left_out = copy_matching_weights(
-        model, {"config": asdict(source.config), "model": source.state_dict()})
-    idx = torch.randint(50, (1, 20))
-    assert torch.equal(all_logits(model.eval(), idx), all_logits(source, idx))
-    assert names == list(source.state_dict()) and not new and not left_out
 
 
 def test_values_of_another_encoding_are_not_taken_for_its_own():
