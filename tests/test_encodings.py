@@ -134,16 +134,6 @@ def test_a_bias_equals_its_formula_pair_by_pair(pe):
     torch.testing.assert_close(added.double(), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("pe", PE)
-def test_an_embedding_equals_its_formula_token_by_token(pe):
-    encoding, learned = encoding_of(pe, block_size=37)
-    x, positions = torch.randn(2, 7, WIDTH), torch.arange(30, 37)
-    expected = torch.stack([embedded(pe, learned, token, n) for row in x.double()
-                            for n, token in enumerate(row, start=30)]).view(2, 7, WIDTH)
-    found = encoding.embed(x, positions)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("pe", ["t5", "kerple", "fire"])
 def test_gradients_of_learned_biases_equal_those_of_the_reference(pe):
     encoding, learned = encoding_of(pe)
@@ -156,19 +146,6 @@ def test_gradients_of_learned_biases_equal_those_of_the_reference(pe):
     for name, parameter in encoding.named_parameters():
         expected = learned[name].grad
         torch.testing.assert_close(parameter.grad.double(), expected, atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("pe", ["sinusoidal", "rope", "prope", "hope", "alibi"])
-def test_fixed_numbers_follow_the_device_of_the_positions_and_are_never_rounded(pe):
-    def act(model, device):
-        encoding, pos = model.transformer.wpe, torch.arange(1001, device=device)
-        x = torch.zeros(1, 1001, 32, device=device)
-        return encoding.embed(x, pos), *(encoding.rotary(pos) or ()), encoding.bias(pos, pos)
-
-    exact = act(tiny(pe), "cpu")
-    for a, b in zip(exact, act(tiny(pe).to(torch.bfloat16), "cpu")):
-        assert a is b is None or torch.equal(a, b) and b.dtype == torch.float32
-    assert all(x is None or x.device.type == "meta" for x in act(tiny(pe).to("meta"), "meta"))
 
 
 @pytest.mark.parametrize("pe", PE)
@@ -323,10 +300,8 @@ def test_a_later_token_never_changes_an_earlier_logit(pe):
         assert not torch.allclose(after[:, changed], before[:, changed], atol=1e-3)
 
 
-# A number of bfloat16 has 8 bits of mantissa (relative rounding error up to 2^-9), one of float16
-# has 11 (2^-12). Every layer rounds its input, its products and its output, and with attention far
-# from uniform, as here, a logit's error is multiplied by the softmax. Ten roundings, relative to
-# the spread of the logits, is what we allow.
+# Ten roundings, relative to the spread of the logits. The relative error of one is up to 2^-9 in
+# bfloat16 and 2^-12 in float16. Every layer rounds its input, its products and its output.
 TOLERANCE = {torch.bfloat16: 10 * 2 ** -9, torch.float16: 10 * 2 ** -12}
 
 
