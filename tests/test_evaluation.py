@@ -1,7 +1,6 @@
 """Scores beyond the trained context: one pass equals many, buckets, errors, scalings, tables.
 
 The expected numbers are computed by hand, for models that predict the same everywhere."""
-import io
 import json
 import math
 import sys
@@ -110,17 +109,11 @@ def test_the_loss_above_the_first_run_is_the_difference_on_the_same_tokens(tmp_p
     assert all(bucket["nll_above_first"] == 0 for bucket in scored["one"]["buckets"])
 
 
-@pytest.mark.parametrize("order", [(8, 16), (16, 8)])
-def test_runs_that_differ_share_the_columns_of_the_shorter_one(tmp_path, capsys, order):
-    checkpoints = {f"L{size}": constant_checkpoint([1 / 4] * 4, size) for size in order}
-    checkpoints["L8"]["iter"] = 1
+def test_runs_that_differ_share_the_columns_of_the_shorter_one(tmp_path):
+    checkpoints = {f"L{size}": constant_checkpoint([1 / 4] * 4, size) for size in (16, 8)}
     scored = evaluate(tmp_path, checkpoints, "ab" * 500, "--max_factor", "4")
-    assert list(scored) == [f"L{size}" for size in order]
     for run in scored.values():
         assert [bucket["end"] for bucket in run["buckets"]] == [8, 16, 32]
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the")]
-    assert "'L16': 16" in notes[0] and "'L8': 8" in notes[0]
-    assert "'L16': 5" in notes[1] and "'L8': 1" in notes[1]
 
 
 def test_the_local_score_has_the_whole_trained_context_of_each_run(tmp_path):
@@ -171,11 +164,9 @@ MIXED = dict(window_pattern="SL", window=4)
 
 
 @pytest.mark.parametrize("changes, scales", [
-    (dict(pe="hope"), True), (dict(pe="alibi"), False),
-    (dict(pe="nope", local_pe="rope", **MIXED), False),
+    (dict(pe="alibi"), False), (dict(pe="nope", local_pe="rope", **MIXED), False),
     (dict(pe="rope", local_pe="nope", **MIXED), True),
-    (dict(MIXED, pe="nope", local_pe="rope", window=33), True),
-    (dict(pe="nope", local_pe="rope", window=33), False)])
+    (dict(MIXED, pe="nope", local_pe="rope", window=33), True)])
 def test_scaling_is_tried_where_a_layer_rotates_and_sees_more_than_l_tokens(changes, scales):
     config = tiny(**changes).config
     args = SimpleNamespace(rope_scaling=["none", "pi"], rope_factor="auto", attn_scaling=None)
@@ -218,34 +209,6 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
             assert [text.strip() for text in line.split("  ")[1:] if text] == expected
     assert "[0, 16)" in ppl and "[32, 64)" in ppl
     assert (tmp_path / "new" / "r.svg").read_text().count(" learned -->") == 1  # in the legend
-
-
-def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    names = ["_old", "a$b", "$x$", *(f"a run with a long name, {i}" for i in range(9))]
-    bucket = {"nll": 1.0, "ppl": math.e, "ppl_local": 3.0, "stderr": 0.1}
-    drawn, buckets = [], [{**bucket, "start": 0, "end": 128}, {**bucket, "start": 128, "end": 256}]
-    monkeypatch.setattr(pyplot, "close", drawn.append)
-    eval_extrapolation.plot([{"name": name, "pe": "rope", "buckets": buckets} for name in names],
-                            io.BytesIO())
-    [figure] = drawn
-    [legend], [axes] = figure.legends, figure.axes
-    assert {f" {name}".replace("$", r"\$") for name in names} <= {
-        text.get_text() for text in legend.get_texts()}
-    for shown in (legend, axes.xaxis.label, axes.yaxis.label):
-        box = shown.get_window_extent()
-        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
-
-
-def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
-    def leave(runs):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(eval_extrapolation, "print_tables", leave)
-    with pytest.raises(BrokenPipeError):
-        evaluate(tmp_path, {"run": random_checkpoint()}, "ab" * 200)
-    assert json.loads((tmp_path / "r.json").read_text())["runs"]
 
 
 def test_a_missing_matplotlib_is_reported_before_anything_is_computed(monkeypatch, fails):
