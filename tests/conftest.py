@@ -3,7 +3,6 @@
 Tests run on the CPU with one thread, whatever the machine has.
 """
 import base64
-import errno
 import json
 import multiprocessing
 import os
@@ -193,7 +192,3 @@ def at_batch(monkeypatch):
 
         monkeypatch.setattr(train, "training_batch", watched)
     return at
-
-
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, "No space left on device")
