@@ -35,7 +35,7 @@ def test_a_checkpoint_gives_back_the_model_ready_to_evaluate(tmp_path):
         **constant_checkpoint([1.0] * 4), "config": asdict(model.config),
         "model": model.state_dict()})
     idx = torch.randint(50, (1, 9))
-    assert torch.equal(load_model(tmp_path)(idx)[0], model(idx)[0])
+    assert torch.equal(load_model(tmp_path)(idx)[0], model.eval()(idx)[0])
     assert load_model(tmp_path / "ckpt.pt", attn_scaling="logn").config.attn_scaling == "logn"
 
 

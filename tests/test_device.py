@@ -100,6 +100,34 @@ def test_a_training_in_a_thread_as_in_a_notebook_runs_without_handlers(dataset, 
     assert {signal.getsignal(number) for number in SIGNALS} == {refused}
 
 
+def train_at_a_terminal_that_closes(arguments):
+    """With a terminal as a process started by ssh has it. It closes in the eighth step."""
+    import fcntl  # not on Windows
+    import termios
+
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    os.setsid()
+    terminal, own = os.openpty()
+    fcntl.ioctl(own, termios.TIOCSCTTY, 0)
+    for stream in (1, 2):
+        os.dup2(own, stream)
+    os.close(own)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+    draw = train.training_batch
+    train.training_batch = lambda *args: (os.close(terminal) if args[4] == 7 else None,
+                                          draw(*args))[1]
+    flags.run(lambda: train.main(arguments))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_closed_ssh_session_saves_although_nothing_can_be_printed(dataset, tmp_path):
+    process = processes.Process(target=train_at_a_terminal_that_closes, args=([
+        *TINY_FLAGS, "--dataset", dataset, "--out_dir", str(tmp_path), "--max_iters", "12"],))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 129 and load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 8
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
 def test_nohup_goes_on_when_the_session_ends(dataset, tmp_path, at_batch, refused):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

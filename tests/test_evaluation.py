@@ -1,6 +1,7 @@
 """Scores beyond the trained context: one pass equals many, buckets, errors, scalings, tables.
 
 The expected numbers are computed by hand, for models that predict the same everywhere."""
+import io
 import json
 import math
 import sys
@@ -166,6 +167,7 @@ MIXED = dict(window_pattern="SL", window=4)
 @pytest.mark.parametrize("changes, scales", [
     (dict(pe="alibi"), False), (dict(pe="nope", local_pe="rope", **MIXED), False),
     (dict(pe="rope", local_pe="nope", **MIXED), True),
+    (dict(MIXED, pe="nope", local_pe="rope", window=32), False),
     (dict(MIXED, pe="nope", local_pe="rope", window=33), True)])
 def test_scaling_is_tried_where_a_layer_rotates_and_sees_more_than_l_tokens(changes, scales):
     config = tiny(**changes).config
@@ -215,3 +217,31 @@ def test_a_missing_matplotlib_is_reported_before_anything_is_computed(monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, [line] = fails(eval_extrapolation, ["out/none", "--plot", "r.png"])
     assert code == 1 and "pip install matplotlib" in line
+
+
+def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    names = ["_old", "a$b", "$x$", *(f"a run with a long name, {i}" for i in range(9))]
+    bucket = {"nll": 1.0, "ppl": math.e, "ppl_local": 3.0, "stderr": 0.1}
+    drawn, buckets = [], [{**bucket, "start": 0, "end": 128}, {**bucket, "start": 128, "end": 256}]
+    monkeypatch.setattr(pyplot, "close", drawn.append)
+    eval_extrapolation.plot([{"name": name, "pe": "rope", "buckets": buckets} for name in names],
+                            io.BytesIO())
+    [figure] = drawn
+    [legend], [axes] = figure.legends, figure.axes
+    assert {f" {name}".replace("$", r"\$") for name in names} <= {
+        text.get_text() for text in legend.get_texts()}
+    for shown in (legend, axes.xaxis.label, axes.yaxis.label):
+        box = shown.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
+        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+
+
+def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
+    def leave(runs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(eval_extrapolation, "print_tables", leave)
+    with pytest.raises(BrokenPipeError):
+        evaluate(tmp_path, {"run": random_checkpoint()}, "ab" * 200)
+    assert json.loads((tmp_path / "r.json").read_text())["runs"]

@@ -87,6 +87,13 @@ def test_a_meta_pkl_is_read_without_executing_it(nanogpt):
     assert not (nanogpt / "executed").exists()
 
 
+@pytest.mark.parametrize("meta", [{"vocab_size": 50304}, {"itos": {0: "the", 1: " quick"}}])
+def test_a_meta_pkl_without_a_character_for_each_id_is_refused(nanogpt, meta):
+    (nanogpt / "meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(ValueError, match="meta.pkl has no itos of single characters"):
+        open_dataset(nanogpt)
+
+
 def test_a_training_batch_depends_on_seed_and_index_and_its_targets_are_one_token_later():
     ids = token_tensor(np.arange(1000, dtype=np.uint16), CPU)
     for seed, index in ((1, 2), (2, 1)):
@@ -183,3 +190,11 @@ def test_a_text_is_scored_and_its_unknown_characters_are_counted(dataset, tmp_pa
         ids, _, digest, made = text_to_score([checkpoint_of(dataset)], ["run"], text=str(path))
         assert made.decode(ids[:4]) == "abcd" and digest == sha256(text.encode())
         assert capsys.readouterr().out == note
+
+
+def test_a_text_is_divided_at_endoftext_and_no_window_crosses_a_border(dataset, tmp_path):
+    (tmp_path / "stories.txt").write_text("one two<|endoftext|>\nthree<|endoftext|>\n")
+    ids, _, _, tokenizer = text_to_score([checkpoint_of(dataset)], ["run"],
+                                         text=str(tmp_path / "stories.txt"))
+    windows = document_windows(ids, tokenizer.end_of_document, 5, 9)
+    assert [tokenizer.decode(row) for row in windows] == ["one tw", "\nthree"]

@@ -1,11 +1,15 @@
-"""What scripts show: names, numbers, tables, JSON."""
+"""What scripts show: names, numbers, tables, JSON, colours."""
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
 from common import report
 from common.report import format_cell, run_names
+from tests.conftest import PROJECT
 
 
 def test_names_are_the_shortest_that_tell_runs_apart():
@@ -37,3 +41,23 @@ def test_the_command_in_a_json_file_can_be_pasted_and_nan_is_refused(tmp_path, m
     with pytest.raises(ValueError):
         report.write_json(tmp_path / "a.json", "x", {"nll": math.nan})
     assert json.loads((tmp_path / "a.json").read_text()) == saved
+
+
+def test_the_first_run_of_an_encoding_has_a_solid_line_and_others_of_it_differ():
+    pes = ("rope", "hope", "rope", "rope", "hope", "mine", "yours", "mine")
+    found = report.styles([{"pe": pe} for pe in pes])
+    assert [style["linestyle"] for style in found] == ["-", "-", "--", ":", "--", "-", "-", "--"]
+    colors = [style["color"] for style in found]
+    assert colors[0] == colors[2] and colors[5] == colors[7] and len(set(colors)) == 4
+
+
+def test_a_notebook_keeps_its_own_backend_and_a_command_opens_no_window(monkeypatch):
+    pytest.importorskip("matplotlib")
+    code = ("from common import report; pyplot = report.import_pyplot(); "
+            "print(pyplot.get_backend())")
+    for backend, expected in (("svg", "svg"), (None, "agg")):
+        environment = {**os.environ, "PYTHONPATH": str(PROJECT), "DISPLAY": ":7"}
+        environment.pop("MPLBACKEND", None)
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                               env=environment | ({"MPLBACKEND": backend} if backend else {}))
+        assert ended.stdout.strip().lower() == expected

@@ -107,6 +107,8 @@ def test_files_of_another_kind_that_happen_to_be_ascii_are_no_text(tmp_path):
     (tmp_path / "d.pdf").write_text("%PDF-1.4\n1 0 obj")
     (tmp_path / "e.txt").write_text("text without a mark", encoding="utf-16-le")
     assert read_source([str(tmp_path)]) == [("text",)]
+    with pytest.raises(ValueError, match="d.pdf is not text in UTF-8 .*extract the text"):
+        read_source([str(tmp_path / "d.pdf")])  # the only one
 
 
 BOOK = """\ufeffThe Project Gutenberg eBook of A Book
