@@ -46,7 +46,8 @@ def test_help_is_printed_and_has_the_defaults_that_say_something(script, capsys)
     with pytest.raises(SystemExit) as stopped:
         script.main(["--help"])
     text = capsys.readouterr().out
-    assert stopped.value.code == 0 and "(default: " in text and "None" not in text
+    assert stopped.value.code == 0 and "(default: " in text
+    assert "None" not in text and "(default: False)" not in text
 
 
 # --- flags without effect

@@ -39,7 +39,7 @@ def text_of(name):
 # Script -> arguments ({run} {data} {tmp} ... are filled in), and what the message names
 MISTAKES = {
     train: [
-        ("--pe rotary", "nope"), ("--block-size 64", "--block-size"), ("--dropout 1", "dropout"),
+        ("--pe rotary", "nope"), ("--block 64", "--block"), ("--dropout 1", "dropout"),
         ("--max_iters many", "--max_iters"), ("--max_iters 0", "max_iters"),
         ("@{tmp}/none", "none"), ("--dataset {tmp}/none", "data.prepare"),
         ("--dataset {data} --block_size 1000000", "--block_size"), ("--device gpu", "--device"),
