@@ -76,7 +76,7 @@ FOLLOWERS = ("min_lr", "lr_decay_iters")  # of learning_rate and max_iters, unle
 
 def network_of(settings):
     return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)
-                        if settings[field.name] not in (None, "auto")})  # auto: of rope_factor
+                        if settings.get(field.name) not in (None, "auto")})  # of rope_factor
 
 
 def settings_of(run):
