@@ -59,6 +59,8 @@ def in_words(name):
     arrangement, *rest = name.split(maxsplit=1)
     pe, *windows = arrangement.split(":")
     full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
+    rest = [text.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
+            for text in rest]
     return ", ".join([f"{full} in full layers" if local else full, *["windows"] * bool(windows),
                       *rest])
 
