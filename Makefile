@@ -17,11 +17,11 @@ $(VENV)/installed: requirements.txt requirements-dev.txt constraints.txt
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-DEMO = rope hope rope_windows hope_windows
+DEMO = rope hope rope_qkv_bias windows
 rope = @config/cpu_demo --pe rope
 hope = @config/cpu_demo --pe hope
-rope_windows = @config/cpu_windows --pe rope
-hope_windows = @config/cpu_windows --pe hope
+rope_qkv_bias = @config/cpu_demo --pe rope --qkv_bias
+windows = @config/cpu_windows
 
 demo: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 trainings

@@ -59,6 +59,8 @@ def in_words(name):
     arrangement, *rest = name.split(maxsplit=1)
     pe, *windows = arrangement.split(":")
     full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
+    rest = [text.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
+            for text in rest]
     return ", ".join([f"{full} in full layers" if local else full, *["windows"] * bool(windows),
                       *rest])
 
@@ -76,7 +78,7 @@ FOLLOWERS = ("min_lr", "lr_decay_iters")  # of learning_rate and max_iters, unle
 
 def network_of(settings):
     return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)
-                        if settings[field.name] not in (None, "auto")})  # auto: of rope_factor
+                        if settings.get(field.name) not in (None, "auto")})  # of rope_factor
 
 
 def settings_of(run):

@@ -241,8 +241,7 @@ def main(argv=None):
         groups.over_seeds(scores, ["name", "start", "end"], RANGES).to_csv(
             f"{args.out_dir}/sweep.csv")
     if args.plot:
-        plot([group | {"name": groups.in_words(group["name"])}
-                                 for group in found], args.plot)
+        plot([group | {"name": groups.in_words(group["name"])} for group in found], args.plot)
     print_groups(found)
     if failed:
         raise RuntimeError(f"failed, see the train.txt in {', '.join(failed)}")

@@ -26,7 +26,7 @@ import pytest
 PROJECT = Path(__file__).parents[1]
 RESULTS = PROJECT / "experiments" / "results"
 FINDINGS, README = PROJECT / "experiments" / "FINDINGS.md", PROJECT / "experiments" / "README.md"
-PAGES = [PROJECT / "README.md", FINDINGS]
+PAGES = [PROJECT / "README.md", FINDINGS, FINDINGS.with_name("RULES.md")]
 MEASURED = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\d.])(?!-RoPE)")
 PAPER_OR_LINK = re.compile(r"\b\d{4}\.\d{5}\b|\]\([^)]*\)")
 COMMENT_AND_TABLE = re.compile(
@@ -107,7 +107,7 @@ def test_a_wrong_number_is_found():
 
 
 def test_pages_about_experiments_are_short():
-    for path, most in ((FINDINGS, 2500), (README, 700)):
+    for path, most in ((FINDINGS, 2600), (README, 700)):
         text = re.sub(r"<!--.*?-->", "", prose(path), flags=re.DOTALL)
         assert len(re.findall(r"\S*\w\S*", text)) <= most, path.name
 
