@@ -87,7 +87,7 @@ def make_jobs(words, out_dir):
         chosen = {flag: value for flag, value in chosen.items() if flag not in idle}
         settings, name = asdict(network) | asdict(config), groups.name_of(network)
         for flag in chosen:
-            if flag.removeprefix("no-") not in groups.NOT_IN_NAMES:
+            if flag.removeprefix("no-") not in (*groups.NOT_IN_NAMES, "dataset"):
                 name = groups.with_flag(name, flag, settings.get(flag, ""))
         folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {config.seed}")
         stored = load_checkpoint(folder / "ckpt.pt")["args"] if is_started(folder) else settings

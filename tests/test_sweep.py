@@ -37,6 +37,12 @@ def test_flags_without_effect_neither_multiply_the_runs_nor_reach_them(tmp_path)
     assert "hope-hope_cutoff-2-rope_base-1000000-seed-1" in jobs
 
 
+def test_the_path_of_a_text_makes_no_name_of_a_folder_too_long(tmp_path):
+    text = "/a/long/path" * 30
+    assert jobs_of(f"--pe rope --dataset {text}", tmp_path) == {
+        "rope-seed-1": f"--pe rope --dataset {text}"}
+
+
 def test_an_arrangement_sets_the_layers_and_other_runs_keep_the_flags(tmp_path):
     line = "--pe rope hope:SSL:4 nope+alibi:SL:0 --window_pattern SL --window 8"
     assert jobs_of(line, tmp_path) == {
