@@ -42,7 +42,7 @@ def main(argv=None):
     add = parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs")
     add("--x", choices=X_AXES, default="iter", help="the horizontal axis")
-    add("--plot", default="curves.png", metavar="FILE.png", help="the picture")
+    add("--plot", required=True, metavar="FILE.png", help="the picture to write")
     args = parser.parse_args(argv)
     plot(args.runs, args.x, args.plot)
 
