@@ -10,7 +10,7 @@ def test_the_losses_of_a_run_are_drawn_in_the_colour_of_its_encoding(x, finished
     pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(curves, "save_picture", lambda figure, path: figures.append(figure))
-    curves.main([finished_run, "--x", x])
+    curves.main([finished_run, "--x", x, "--plot", "unused.png"])
     log, (panel,) = curves.read_log(finished_run), figures[0].axes
     assert {line.get_color() for line in panel.lines} == {report.STYLES["hope"][0]}
     assert [list(line.get_ydata()) for line in panel.lines] == [
