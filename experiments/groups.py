@@ -77,8 +77,9 @@ FOLLOWERS = ("min_lr", "lr_decay_iters")  # of learning_rate and max_iters, unle
 
 
 def network_of(settings):
+    """Settings, those of an older run too -> GPTConfig. A rope_factor of "auto" counts as none."""
     return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig)
-                        if settings.get(field.name) not in (None, "auto")})  # of rope_factor
+                        if settings.get(field.name) not in (None, "auto")})
 
 
 def settings_of(run):

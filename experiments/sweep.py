@@ -92,7 +92,7 @@ def make_jobs(words, out_dir):
         folder = out_dir / re.sub(r"[^\w.=+-]+", "-", f"{name} seed {config.seed}")
         stored = load_checkpoint(folder / "ckpt.pt")["args"] if is_started(folder) else settings
         kept = settings.keys() - idle - {"vocab_size", *groups.NO_SETTING}
-        if any(stored[flag] != settings[flag] for flag in kept):
+        if any(stored.get(flag, settings[flag]) != settings[flag] for flag in kept):
             raise ValueError(f"{folder} holds a run with other flags: choose another --out_dir")
         jobs[folder] = [*files, *as_argv(chosen)]
     return jobs
