@@ -134,7 +134,7 @@ def constant_checkpoint(probabilities, block_size=8, tokenizer=None):
     ln p."""
     logits = torch.tensor(probabilities).log()  # (V,)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=len(logits), n_layer=1, n_head=1,
-                          n_embd=4, pe="nope"))
+                          n_embd=4, pe="nope", bias=True))
     with torch.no_grad():
         model.lm_head.weight[:, 0] = logits
         model.transformer.ln_f.weight.zero_()

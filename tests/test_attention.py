@@ -18,7 +18,7 @@ L = 32
 def constant_attention(pe="rope", distance=None):
     """A model whose queries and keys ignore the text: zero, or such that one of the two heads
     attends to a distance."""
-    model = tiny(pe, block_size=L, n_embd=64)  # 2 heads of 32 channels
+    model = tiny(pe, block_size=L, n_embd=64, qkv_bias=True)  # 2 heads of 32 channels
     with torch.no_grad():
         for block in model.transformer.h:
             block.attn.c_attn.weight.zero_()

@@ -36,8 +36,8 @@ def test_each_field_is_a_flag_with_its_type_and_default():
     flags.add_flags(parser, train.TrainConfig)
     assert vars(parser.parse_args([])) == {
         field.name: field.default for field in (*fields(GPTConfig), *fields(train.TrainConfig))}
-    given = parser.parse_args("--no-bias --n_layer 3 --keep_every 5 --rope_base 9 --pe t5".split())
-    assert (given.bias, given.n_layer, given.keep_every, given.pe) == (False, 3, 5, "t5")
+    given = parser.parse_args("--bias --no-qkv_bias --n_layer 3 --rope_base 9 --pe t5".split())
+    assert (given.bias, given.qkv_bias, given.n_layer, given.pe) == (True, False, 3, "t5")
     assert isinstance(given.rope_base, float)
 
 

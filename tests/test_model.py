@@ -59,10 +59,10 @@ def reference(model, idx):
 
     def norm(x, name):
         x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-        return x * w[name + ".weight"] + w[name + ".bias"]
+        return x * w[name + ".weight"] + w.get(name + ".bias", 0)
 
     def linear(x, name):
-        return x @ w[name + ".weight"].T + w[name + ".bias"]
+        return x @ w[name + ".weight"].T + w.get(name + ".bias", 0)
 
     def learned(module):
         prefix = f"transformer.{module}."
@@ -82,8 +82,8 @@ def reference(model, idx):
 
 def network(pe, **changes):
     """A model that the reference can read. Learned positions get an L of T: none exist beyond."""
-    sizes = dict(block_size=T if pe == "learned" else L, n_head=HEADS, n_embd=WIDTH)
-    model = tiny(pe, **sizes, **changes)
+    sizes = dict(block_size=T if pe == "learned" else L, n_head=HEADS, n_embd=WIDTH, bias=True)
+    model = tiny(pe, **sizes | changes)
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms away from their zeros and ones
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -93,6 +93,8 @@ def network(pe, **changes):
 PLAIN = [dict(pe=pe, attn_scaling=attn) for pe in PE for attn in ("none", "logn")]
 PLAIN += [dict(pe=pe, rope_scaling=rope, rope_factor=2.5, attn_scaling=attn)
           for pe in ROTARY for rope in ("pi", "ntk", "yarn") for attn in ("none", "logn")]
+PLAIN += [dict(pe="rope", bias=bias, qkv_bias=qkv) for bias, qkv in (
+    (False, None), (False, True), (True, False))]
 MIXED = [dict(pe=pe, local_pe=local_pe) for pe, local_pe in (
     ("hope", None), ("nope", "rope"), ("rope", "hope"), ("alibi", "rope"), ("t5", None),
     ("prope", "kerple"), ("sinusoidal", "hope"), ("fire", "nope"), ("prope", None))]
@@ -117,7 +119,7 @@ def test_logits_equal_a_reference_with_loops_over_who_sees_whom(changes):
 
 
 def test_pe_learned_has_the_weight_names_and_shapes_of_nanogpt_and_a_tied_embedding():
-    model = GPT(GPTConfig(pe="learned", n_layer=1, vocab_size=50))
+    model = GPT(GPTConfig(pe="learned", n_layer=1, vocab_size=50, bias=True))
     C, layer = 128, "transformer.h.0."
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == {
         "transformer.wte.weight": (50, C), "transformer.wpe.weight": (128, C),
@@ -153,7 +155,8 @@ def test_without_targets_there_are_the_last_logits_and_no_loss():
 
 
 @pytest.mark.parametrize("changes", [
-    *(dict(pe=pe) for pe in PE), dict(pe="t5", local_pe="kerple", window_pattern="SL"),
+    *(dict(pe=pe) for pe in PE), dict(pe="rope", bias=True),
+    dict(pe="t5", local_pe="kerple", window_pattern="SL"),
     dict(pe="kerple", window_pattern="SL", local_rope_base=50.0)], ids=str)
 def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes):
     def weights(**changes):
@@ -169,7 +172,7 @@ def test_the_same_seed_gives_the_same_shared_weights_as_nope(changes):
 @pytest.mark.parametrize("n_layer", [2, 8])
 def test_matrices_that_write_to_the_residual_stream_start_smaller_the_more_there_are(n_layer):
     """Their outputs add up: each of n has a variance of 1 / n of that of the other matrices."""
-    model = GPT(GPTConfig(pe="learned", n_embd=256, n_layer=n_layer, vocab_size=1000))
+    model = GPT(GPTConfig(pe="learned", n_embd=256, n_layer=n_layer, vocab_size=1000, bias=True))
     expected = {"wte": 0.02, "wpe": 0.02, "lm_head": 0.02, "c_attn": 0.02, "c_fc": 0.02,
                 "c_proj": 0.02 / math.sqrt(2 * n_layer)}
     for name, parameter in model.named_parameters():
@@ -203,7 +206,7 @@ def test_dropout_acts_on_embeddings_and_on_the_outputs_of_attention_and_mlp():
 
 def test_dropout_acts_on_attention_weights():
     """The first token has one weight, 1. With values of 1, an output is 0 or 1 / (1 - p)."""
-    model, outputs = tiny("nope", dropout=0.3, n_layer=1).train(), []
+    model, outputs = tiny("nope", dropout=0.3, n_layer=1, qkv_bias=True).train(), []
     attn = model.transformer.h[0].attn
     with torch.no_grad():
         attn.c_attn.weight.zero_()

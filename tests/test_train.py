@@ -431,7 +431,7 @@ def test_a_resumed_run_refuses_to_compute_something_else(finished_run, fails):
     for name, value in load_checkpoint(Path(finished_run, "ckpt.pt"))["args"].items():
         if name not in free:
             value = others[name] if name in others else (value or 0) + 1
-            given = [f"--no-{name}"] if name.endswith("bias") else [f"--{name}", str(value)]
+            given = [f"--{name}"] if name.endswith("bias") else [f"--{name}", str(value)]
             code, lines = fails(train, ["--resume", "--out_dir", finished_run, *given])
             assert code == 2 and len(lines) == 1 and f"--{name} was " in lines[0], lines
 
