@@ -39,6 +39,12 @@ def heads(attn, x):
             for t in attn.c_attn(x).chunk(3, dim=-1)]
 
 
+def qk_biases(attn):
+    """-> the biases a of the layer's queries and b of its keys (H, D)."""
+    a, b, _ = attn.c_attn.bias.unflatten(0, (3, attn.n_head, -1))
+    return a, b
+
+
 @torch.no_grad()
 def attention_inputs(model, idx):
     """One forward of idx (T,) -> for each layer q, k, v (H, T, D), rotated and scaled as there, and

@@ -1,6 +1,6 @@
 """
-Why the loss rises beyond the trained context L: three causes, each removed at evaluation from
-trained models.
+Why the loss rises beyond the trained context L: three causes, and biases, which keep it low, each
+removed at evaluation from trained models.
 
     python -m experiments.causes score out/factorial/*seed-* --json causes.json
 
@@ -19,7 +19,11 @@ Noise. The logits of the fast pairs are sums of few waves over distance. Where m
 far tokens get large logits whatever they say. "fast pairs silent" leaves the fast pairs out of the
 logits of keys that are L or more tokens away.
 
-All changes act in the full layers only.
+All these act in the full layers only.
+
+Biases. Those of queries and keys, a and b, add a R((n - m) theta) b to each logit, a function of
+the distance alone. "a R b removed" subtracts it; "biases of q and k 0" removes what a does with
+keys and b with queries, too. Both act in all layers and at all distances of networks with biases.
 
 Shapes: N windows, B of them at a time, T tokens, H heads, D channels per head, K rotated pairs.
 """
@@ -34,7 +38,7 @@ from common.checkpoint import load_checkpoint, load_model
 from data.loader import document_windows, text_to_score
 from eval_extrapolation import bucket_edges, bucket_mean
 from experiments import output
-from experiments.attention import check_rotary, heads
+from experiments.attention import check_rotary, heads, qk_biases
 from model import rotate
 
 # --- A forward with explicit logits, in which one thing is changed --------------------------------
@@ -43,12 +47,13 @@ from model import rotate
 @dataclass(frozen=True)
 class Change:
     """What is changed in the full layers, for keys that are L or more tokens away and queries that
-    see more than L."""
+    see more than L; biases in all layers, everywhere."""
 
     slow: str = "true"  # angle of the slow pairs: true, clamped or 0
     silent: bool = False  # the fast pairs are left out
     keys: str = "all"  # that a query sees: all, sampled or last
     logn: bool = False
+    biases: str = "true"  # of queries, a, and keys, b: true, 0, or "no a R b"
 
 
 CHANGES = {
@@ -64,6 +69,8 @@ CHANGES = {
     "fast pairs silent, log-n": Change(silent=True, logn=True),
     "all three": Change("clamped", silent=True, keys="sampled"),
     "last L keys": Change(keys="last"),
+    "biases of q and k 0": Change(biases="0"),
+    "a R b removed": Change(biases="no a R b"),
 }
 
 
@@ -89,12 +96,17 @@ def sampled_keys(distance, L, generator):
 
 
 def attention(model, attn, x, kind, change, generator, chunk):
-    """The attention of a layer of a kind ("S", "L") on x (B, T, C) -> (B, T, C), changed if it sees
-    everything."""
+    """The attention of a layer of a kind ("S", "L") on x (B, T, C) -> (B, T, C), changed."""
     config, pe, pos = model.configs[kind], model.encodings[kind], torch.arange(x.size(1))
-    L, change = config.block_size, change if kind == "L" else Change()
+    L, change = config.block_size, change if kind == "L" else Change(biases=change.biases)
     window = config.window if kind == "S" else L if change.keys == "last" else 0
     q, k, v = heads(attn, x)
+    if change.biases != "true":
+        a, b = (bias[:, None].expand_as(q[:1]) for bias in qk_biases(attn))  # (1, H, T, D)
+        if change.biases == "0":
+            q, k = q - a, k - b
+        else:  # as one more sequence, whose logits are a R b
+            q, k = torch.cat((q, a)), torch.cat((k, b))
     q, rotary, far_q = q / math.sqrt(q.size(-1)), pe.rotary(pos), None
     scaled = replace(config, attn_scaling="logn") if change.logn else config
     if (scale := model.query_scale(scaled, pos, window, rotary is not None)) is not None:
@@ -113,6 +125,8 @@ def attention(model, attn, x, kind, change, generator, chunk):
         if far_q is not None:
             far_logits = far_q[:, :, start:end] @ far_k[:, :, oldest:end].mT
             logits = torch.where(distance < L, logits, far_logits)
+        if change.biases == "no a R b":
+            logits = logits[:-1] - logits[-1]
         visible = distance >= 0
         if change.keys == "sampled":
             visible = sampled_keys(distance, L, generator)
@@ -147,6 +161,8 @@ def score(model, windows, edges):
     the first range to the last, that the change removes."""
     found, own = {}, None
     for name, change in CHANGES.items():
+        if change.biases != "true" and not model.config.qkv_bias:
+            continue
         losses = losses_of(model, windows, change)
         own = losses if own is None else own
         ranges = []

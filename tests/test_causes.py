@@ -12,12 +12,16 @@ from experiments.causes import CHANGES, Change
 from tests.conftest import tiny
 
 L, T = 16, 50
+FAR = {name: change for name, change in CHANGES.items() if change.biases == "true"}
 
 
 def make_model(**fields):
-    model = tiny(**{"block_size": L, "rope_base": 100.0} | fields)
+    model = tiny(**{"block_size": L, "rope_base": 100.0, "qkv_bias": True} | fields)
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # losses that differ
+        for block in model.transformer.h:
+            if block.attn.c_attn.bias is not None:
+                block.attn.c_attn.bias.normal_()
     return model
 
 
@@ -33,7 +37,7 @@ def own_losses(model, windows):
 # --- against the model's own attention
 
 ARRANGEMENTS = [{"pe": "rope"}, {"pe": "hope"}, {"pe": "prope", "prope_fraction": 0.5},
-                {"pe": "nope"},
+                {"pe": "nope"}, {"pe": "rope", "qkv_bias": False},
                 {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}]
 YARN, LOGN = {"rope_scaling": "yarn", "rope_factor": 4.0}, {"attn_scaling": "logn"}
 SCALED = [{"pe": "rope", **LOGN}, {"pe": "rope", **YARN}, {"pe": "hope", **YARN, **LOGN},
@@ -58,8 +62,8 @@ def test_the_last_L_keys_are_a_window(windows):
         torch.testing.assert_close(losses[:, end - 1], own_losses(model, cut)[:, -1])
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_no_change_touches_what_lies_within_the_trained_context(name, windows):
+@pytest.mark.parametrize("name", FAR)
+def test_no_change_of_what_is_far_touches_what_lies_within_the_trained_context(name, windows):
     model = make_model(pe="rope")
     changed, own = causes.losses_of(model, windows, CHANGES[name]), own_losses(model, windows)
     torch.testing.assert_close(changed[:, :L], own[:, :L])
@@ -67,19 +71,20 @@ def test_no_change_touches_what_lies_within_the_trained_context(name, windows):
         assert (changed[:, L:] - own[:, L:]).abs().max() > 0.01
 
 
-def test_changes_leave_short_window_layers_alone():
+def test_changes_of_what_is_far_leave_short_window_layers_alone():
     model = make_model(pe="rope", window_pattern="SL", window=5)
     attn, x = model.transformer.h[0].attn, torch.randn(1, T, 32)
     own = causes.attention(model, attn, x, "S", Change(), None, 256)
-    for change in CHANGES.values():
+    for change in FAR.values():
         assert torch.equal(causes.attention(model, attn, x, "S", change, None, 256), own)
 
 
 # --- against logits written out
 
 
-def expected_logit(q, k, n, m, theta, rotated, change):
-    """q and k (T, D / 2), complex: the logit of query n and key m, pair by pair."""
+def expected_logit(q, k, a, b, n, m, theta, rotated, change):
+    """q and k (T, D / 2), a and b (D / 2,), complex: the logit of query n and key m, pair by pair.
+    """
     total = 0
     for j, frequency in enumerate(theta):
         fast, far, angle = frequency * L >= 2 * math.pi, n - m >= L, 0
@@ -89,13 +94,17 @@ def expected_logit(q, k, n, m, theta, rotated, change):
                 continue
             if far and not fast and change.slow != "true":
                 angle = (L - 1) * frequency if change.slow == "clamped" else 0
-        turned = k[m, j].conj() * complex(math.cos(angle), math.sin(angle))
-        total += (q[n, j] * turned).real
+        product = q[n, j] * k[m, j].conj()
+        if change.biases != "true":
+            product -= a[j] * b[j].conj()
+        if change.biases == "0":
+            product -= (q[n, j] - a[j]) * b[j].conj() + a[j] * (k[m, j] - b[j]).conj()
+        total += (product * complex(math.cos(angle), math.sin(angle))).real
     sharper = max(1, math.log(n + 1) / math.log(L)) if change.logn else 1
     return total / math.sqrt(2 * len(theta)) * sharper
 
 
-def expected_attention(model, x, change):
+def expected_attention(model, x, change, window=T):
     """Loops over heads, queries, keys and pairs: the first layer's attention on x (T, C)."""
     attn, config = model.transformer.h[0].attn, model.config
     C, D = config.n_embd, config.n_embd // config.n_head
@@ -105,24 +114,44 @@ def expected_attention(model, x, change):
     qkv, heads = attn.c_attn(x).double(), []
     for start in range(0, C, D):
         q, k, v = (qkv[:, part + start:part + start + D] for part in (0, C, 2 * C))
-        q, k = (torch.complex(t[:, :D // 2], t[:, D // 2:]) for t in (q, k))
+        a, b = (attn.c_attn.bias[part + start:part + start + D] for part in (0, C))
+        q, k, a, b = (torch.complex(*t.double().chunk(2, dim=-1)) for t in (q, k, a, b))
         rows = []
         for n in range(len(x)):
-            logits = [expected_logit(q, k, n, m, theta, rotated, change) for m in range(n + 1)]
-            rows.append(torch.stack(logits).softmax(0) @ v[:n + 1])
+            seen = range(max(0, n - window + 1), n + 1)
+            logits = [expected_logit(q, k, a, b, n, m, theta, rotated, change) for m in seen]
+            rows.append(torch.stack(logits).softmax(0) @ v[seen.start:n + 1])
         heads.append(torch.stack(rows))
     return attn.c_proj(torch.cat(heads, dim=1).float())
+
+
+def check_attention(model, kind, change, window=T):
+    attn, x = model.transformer.h[0].attn, torch.randn(1, 40, 32)
+    with torch.no_grad():
+        found = causes.attention(model, attn, x, kind, change, None, chunk=9)
+        expected = expected_attention(model, x[0], change, window)
+    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("pe", ["rope", "hope"])
 @pytest.mark.parametrize("name", [name for name in CHANGES if CHANGES[name].keys == "all"])
 def test_changed_logits_are_those_written_out_pair_by_pair(name, pe):
-    model, x = make_model(pe=pe), torch.randn(1, 40, 32)
+    check_attention(make_model(pe=pe), "L", CHANGES[name])
+
+
+@pytest.mark.parametrize("name", CHANGES.keys() - FAR)
+def test_biases_are_changed_in_short_window_layers_too(name):
+    check_attention(make_model(pe="rope", window_pattern="SL", window=5), "S", CHANGES[name], 5)
+
+
+def test_without_biases_of_q_and_k_losses_are_those_of_a_model_that_has_none(windows):
+    model = make_model(pe="rope", window_pattern="SL", window=5)
+    changed = causes.losses_of(model, windows, CHANGES["biases of q and k 0"])
+    assert (changed - own_losses(model, windows)).abs().max() > 0.1
     with torch.no_grad():
-        attn = model.transformer.h[0].attn
-        found = causes.attention(model, attn, x, "L", CHANGES[name], None, chunk=9)
-        expected = expected_attention(model, x[0], CHANGES[name])
-    torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-4)
+        for block in model.transformer.h:
+            block.attn.c_attn.bias[:64] = 0
+    torch.testing.assert_close(changed, own_losses(model, windows))
 
 
 # --- sampled keys
@@ -157,8 +186,9 @@ def test_biases_and_encodings_of_the_embeddings_are_refused(pe, windows):
 
 
 def test_scores_are_differences_from_the_same_windows_without_a_change(windows):
-    model = make_model(pe="rope")
+    model = make_model(pe="rope", qkv_bias=False)
     found = causes.score(model, windows, [0, L, 2 * L, 48])
+    assert found.keys() == FAR.keys()  # there are no biases to change
     own, changed = (causes.losses_of(model, windows, CHANGES[name])
                     for name in ("nothing", "angles clamped"))
     row = found["angles clamped"]["ranges"][2]
