@@ -4,6 +4,7 @@ What attention does inside the trained context L and beyond it: measurements tha
 
     python -m experiments.attention out/rope out/hope --json attention.json --plot attention.png
     python -m experiments.attention out/rope out/hope --heads --json heads.json
+    python -m experiments.attention out/qkv_bias --biases --json biases.json --plot biases.png
 
 Prints the entropy of attention by layer, and plots mean attention weight and mean logit by distance
 to the key. Queries inside the trained context (its second half, [L/2, L)) are compared with those
@@ -14,6 +15,9 @@ window only; the pairs' wavelengths are those of the full layers.
 --heads lists the heads of full layers by how much they look at the previous token, within L, and
 the pairs of channels that point there (arXiv 2410.06205: the fastest ones). A logit is a sum over
 pairs, S = sum_j S_j with S_j = q_j . R((n - m) theta_j) k_j / sqrt(D).
+
+--biases shows what biases of queries, a, and keys, b, add to the logits of each head: a function of
+the distance d alone, a . R(d theta) b / sqrt(D), at d = 0, 1, 2, ....
 
 Shapes: N windows, H heads, T tokens, D channels per head, P = D/2 pairs, Q queries of a group.
 """
@@ -27,8 +31,8 @@ from common.checkpoint import load_checkpoint, load_model
 from common.device import Device, DeviceConfig
 from data.loader import add_text_flags, document_windows, text_to_score
 from experiments import output
-from experiments.groups import name_of
-from model import ROTARY, frequencies, rotate
+from experiments.groups import in_words, name_of
+from model import ROTARY, rotate
 
 # --- Inside a layer -------------------------------------------------------------------------------
 
@@ -147,24 +151,13 @@ def summarize(x):
             "stderr": (overall.std(0) / math.sqrt(len(x))).tolist()}  # nan for one window
 
 
-def n_rotated(pe):
-    rotary = pe.rotary(torch.zeros(1))
-    return 0 if rotary is None else rotary[0].size(-1)
-
-
-def analyze(name, checkpoint, windows, device):
-    """A checkpoint and windows (N, T), T at least its L -> its run, as the JSON holds it."""
-    model = load_model(checkpoint).to(device)
-    config, L = model.config, model.config.block_size
+def analyze(model, windows):
+    """A model and windows (N, T), T at least its L -> its statistics, as the JSON holds them."""
     length = min(windows.size(1), model.transformer.wpe.max_length or windows.size(1))
-    starts = position_bins(L, length)
+    starts = position_bins(model.config.block_size, length)
     found = measure(model, windows[:, :length], starts)
-    rotated = {kind: n_rotated(model.encodings[kind]) for kind in sorted(set(config.kinds()))}
-    wavelength = 2 * math.pi / frequencies(config.n_embd // config.n_head, config.rope_base)
-    return {"name": name, "pe": config.pe, "layers": name_of(config), "block_size": L,
-            "length": length, "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
-            "windows": len(windows), "starts": starts, "wavelength": wavelength.tolist(),
-            "rotated": rotated, **{key: summarize(x) for key, x in found.items()}}
+    return {"length": length, "starts": starts,
+            **{name: summarize(x) for name, x in found.items()}}
 
 
 def print_run(run):
@@ -173,8 +166,8 @@ def print_run(run):
     layers = zip(*(run[f"{group}/entropy"]["layers"] for group in groups))
     rows = {"uniform: ln n": ln_n} | {f"layer {i}": row for i, row in enumerate(layers, 1)}
     report.print_table(
-        f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {run['block_size']}, "
-        f"rotated pairs per head by kind of layer {run['rotated']}; entropy of attention in nats",
+        f"{run['name']}: {run['layers']} after {run['iter']:,} steps, L = {run['block_size']}; "
+        "entropy of attention in nats",
         [f"queries [{start:,}, {end:,})" for start, end in groups.values()],
         {name: [f"{value:.2f}" for value in row] for name, row in rows.items()})
 
@@ -225,37 +218,74 @@ def previous_token_heads(model, windows):
     return sorted(found, key=lambda row: -row["weight"])
 
 
-def print_heads(run):
-    report.print_table(
-        f"{run['name']}: heads of full layers; the share of each band in the logit of the previous "
-        "token", ["weight on it", "its logit", *BANDS], {
-            f"layer {row['layer']}, head {row['head']}": [
-                f"{value:.2f}" for value in (row["weight"], row["logit"], *row["shares"])]
-            for row in run["heads"]})
+# --- What biases of queries and keys add to a logit -----------------------------------------------
+
+
+def biases_by_distance(model, length):
+    """-> the heads, as the JSON holds them: the values at distances below `length`, nan outside the
+    window. Raises ValueError if there are no such biases or if an encoding does not rotate."""
+    check_rotary(model)
+    if not model.config.qkv_bias:
+        raise ValueError("--biases needs networks with biases of queries and keys")
+    found, distances = [], torch.arange(length)
+    for layer, (block, kind) in enumerate(zip(model.transformer.h, model.config.kinds()), 1):
+        a, b = qk_biases(block.attn)
+        a = a[None, :, None].expand(-1, -1, length, -1)  # (1, H, length, D)
+        if (rotary := model.encodings[kind].rotary(distances)) is not None:
+            a = rotate(a, *rotary)
+        values = (a[0] @ b[..., None])[..., 0] / math.sqrt(b.size(-1))  # (H, length)
+        if kind == "S" and model.config.window:
+            values[:, model.config.window:] = math.nan
+        found += [{"layer": layer, "head": head, "values": row.tolist()}
+                  for head, row in enumerate(values, 1)]
+    return found
 
 
 # --- The command ----------------------------------------------------------------------------------
 
 
-def plot(runs, path):
-    """Attention weight and logit, a row per run. Gray: each layer, queries inside L."""
+def print_heads(run, title, columns, numbers):
+    """A table with a row of numbers for each head."""
+    report.print_table(f"{run['name']}: {title}", columns, {
+        f"layer {head['layer']}, head {head['head']}": [f"{value:.2f}" for value in row]
+        for head, row in zip(run["heads"], numbers)})
+
+
+def draw_biases(run, color, panels):
+    """A panel per layer, a line per head."""
+    for row in run["heads"]:
+        panel = panels[row["layer"] - 1]
+        panel.plot(range(1, run["length"] + 1), row["values"], label=f"head {row['head']}")
+        panel.set_title(f"layer {row['layer']}")
+    panels[0].set_ylabel(f"{in_words(run['layers'])}:\nadded to the logit")
+
+
+def draw_attention(run, color, panels):
+    """Attention weight and logit. Gray: each layer, queries inside L."""
+    edges = [*run["starts"], run["length"]]
+    at = [(start + end - 1) / 2 + 1 for start, end in zip(edges, edges[1:])]  # 1: log axis
+    for panel, what in zip(panels, ("weight", "logit")):
+        for layer in run[f"inside/{what}_by_distance"]["layers"]:
+            panel.plot(at, layer, color="0.7", linewidth=1)
+        for group, line in (("inside", "-"), ("beyond", "--")):
+            if found := run.get(f"{group}/{what}_by_distance"):
+                panel.plot(at, found["mean"], color=color, linestyle=line, linewidth=2,
+                           label=f"mean over layers, queries {group} L")
+        panel.set(title=report.as_label(run["name"]), ylabel=f"mean {what}")
+    panels[0].set_yscale("log")
+    panels[0].set_ylim(bottom=1e-4)
+
+
+def plot(runs, n_panels, draw, path):
+    """A row per run, which draw(run, colour, panels) fills."""
     figure, axes = report.import_pyplot().subplots(
-        len(runs), 2, figsize=(9.5, 2.5 * len(runs) + 0.7), squeeze=False, layout="constrained")
-    for run, style, row in zip(runs, report.styles(runs), axes):
-        edges = [*run["starts"], run["length"]]
-        at = [(start + end - 1) / 2 + 1 for start, end in zip(edges, edges[1:])]  # 1: log axis
+        len(runs), n_panels, figsize=(9.5, 2.5 * len(runs) + 0.7), squeeze=False,
+        layout="constrained")
+    for run, style, panels in zip(runs, report.styles(runs), axes):
+        draw(run, style["color"], panels)
         ticks = [2 ** i for i in range(0, int(math.log2(run["length"])) + 1, 2)]
-        for panel, what in zip(row, ("weight", "logit")):
-            for layer in run[f"inside/{what}_by_distance"]["layers"]:
-                panel.plot(at, layer, color="0.7", linewidth=1)
-            for group, line in (("inside", "-"), ("beyond", "--")):
-                if found := run.get(f"{group}/{what}_by_distance"):
-                    panel.plot(at, found["mean"], color=style["color"], linestyle=line, linewidth=2,
-                               label=f"mean over layers, queries {group} L")
+        for panel in panels:
             output.token_axis(panel, run["block_size"] + 0.5, ticks)
-            panel.set(title=report.as_label(run["name"]), ylabel=f"mean {what}")
-        row[0].set_yscale("log")
-        row[0].set_ylim(bottom=1e-4)
     figure.supxlabel("1 + distance to the key (tokens)", fontsize="medium")
     output.legend_above(figure, axes[0, 0])
     output.save_picture(figure, path)
@@ -266,7 +296,11 @@ def main(argv=None):
                                   "beyond it.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders or checkpoints")
-    add("--heads", action="store_true", help="list the heads that look at the previous token")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--heads", action="store_true",
+                      help="list the heads that look at the previous token")
+    what.add_argument("--biases", action="store_true",
+                      help="what biases of queries and keys make: a function of the distance")
     add_text_flags(parser)
     add("--max_factor", type=flags.positive, default=4, help="length of a run's windows in "
         "multiples of its block_size; memory grows with its square")
@@ -283,21 +317,35 @@ def main(argv=None):
     print(f"{len(windows)} windows, each inside one document of {source}")
     runs = []
     for name, checkpoint, length in zip(names, checkpoints, lengths):
+        model = load_model(checkpoint)
+        run = {"name": name, "pe": model.config.pe, "layers": name_of(model.config),
+               "block_size": model.config.block_size, "length": length,
+               "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"]}
         if args.heads:
-            model = load_model(checkpoint)
-            runs.append({"name": name, "seed": checkpoint["args"]["seed"], "heads":
-                         previous_token_heads(model, windows[:, :model.config.block_size])})
-            print_heads(runs[-1])
+            run["heads"] = previous_token_heads(model, windows[:, :model.config.block_size])
+            print_heads(run, "heads of full layers; the share of each band in the logit of the "
+                        "previous token", ["weight on it", "its logit", *BANDS],
+                        [(head["weight"], head["logit"], *head["shares"])
+                         for head in run["heads"]])
+        elif args.biases:
+            run["heads"] = biases_by_distance(model, length)
+            shown = [0, *(2 ** i for i in range((length - 1).bit_length()))]
+            print_heads(run, "what biases add to a logit, by the distance to the key",
+                        list(map(str, shown)),
+                        [[head["values"][d] for d in shown] for head in run["heads"]])
         else:
             part = windows[:, :length].to(device.torch_device)
-            runs.append(analyze(name, checkpoint, part, device.torch_device))
-            print_run(runs[-1])
+            run |= analyze(model.to(device.torch_device), part)
+            print_run(run)
+        runs.append(run)
     if args.json:
         report.write_json(args.json, "-m experiments.attention", output.rounded(
             {"device": str(device), "dataset_sha256": text_sha256, "windows": len(windows),
              "bands": BANDS, "runs": runs}, 5 if args.heads else 4))
-    if args.plot and not args.heads:
-        plot(runs, args.plot)
+    if args.plot and args.biases:
+        plot(runs, runs[0]["heads"][-1]["layer"], draw_biases, args.plot)
+    elif args.plot and not args.heads:
+        plot(runs, 2, draw_attention, args.plot)
 
 
 if __name__ == "__main__":

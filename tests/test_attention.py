@@ -1,4 +1,5 @@
 """Looking inside attention, on models whose answers are known beforehand."""
+import cmath
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ import model as model_file
 from experiments import attention
 from experiments.attention import attention_inputs, logits_of, position_bins
 from model import PE, frequencies, rotate
-from tests.conftest import tiny
+from tests.conftest import run, tiny
 
 L = 32
 
@@ -39,10 +40,8 @@ def measured(model, length=2 * L):
     return {name: x.mean(0) for name, x in found.items()}, starts
 
 
-def analyzed(model, length=4 * L):
-    checkpoint = {"config": vars(model.config), "model": model.state_dict(), "iter": 0,
-                  "args": {"seed": 1}}
-    return attention.analyze("a", checkpoint, torch.randint(50, (2, length)), torch.device("cpu"))
+def analyzed(model):
+    return attention.analyze(model, torch.randint(50, (2, 4 * L)))
 
 
 # --- inside a layer
@@ -171,24 +170,62 @@ def test_weights_and_shares_of_a_head_are_those_written_out(layers):
         torch.testing.assert_close(torch.tensor(row["shares"]), shares, rtol=1e-2, atol=1e-3)
 
 
+# --- what biases of queries and keys add to a logit
+
+
+@pytest.mark.parametrize("layers", [
+    {"pe": "rope"}, {"pe": "prope", "prope_fraction": 0.5}, {"pe": "nope"},
+    {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}], ids=str)
+def test_the_function_of_distance_is_that_of_the_biases_written_out(layers):
+    model = tiny(**layers, rope_base=100, qkv_bias=True)
+    for block in model.transformer.h:
+        torch.nn.init.normal_(block.attn.c_attn.bias)
+    heads = attention.biases_by_distance(model, 2 * L)
+    assert [(head["layer"], head["head"]) for head in heads] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    for found in heads:
+        start, window = 16 * (found["head"] - 1), 2 * L
+        n_rotated = {"rope": 8, "prope": 4, "nope": 0}[layers["pe"]]
+        if "window" in layers and found["layer"] == 1:
+            n_rotated, window = 8, 5
+        bias = model.transformer.h[found["layer"] - 1].attn.c_attn.bias.tolist()
+        for d, value in enumerate(found["values"]):
+            expected = 0
+            for j in range(8):
+                a, b = (complex(bias[at + j], bias[at + 8 + j]) for at in (start, 32 + start))
+                angle = d * 100 ** (-j / 8) if j < n_rotated else 0
+                expected += (a * b.conjugate() * cmath.exp(1j * angle)).real / 4
+            assert math.isnan(value) if d >= window else value == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_network_without_biases_of_queries_and_keys_has_no_function_of_distance():
+    with pytest.raises(ValueError, match="needs networks with biases"):
+        attention.biases_by_distance(tiny("rope"), L)
+
+
 # --- the command
 
 
-def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, tmp_path, capsys):
+def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, dataset, tmp_path,
+                                                                capsys):
     pytest.importorskip("matplotlib")
     kept = shutil.copy(f"{finished_run}/best.pt", str(tmp_path / "ckpt_000010.pt"))
     attention.main([kept, "--windows", "2", "--device", "cpu", "--json", str(tmp_path / "a.json"),
                     "--plot", str(tmp_path / "a.png")])
-    run, = json.loads((tmp_path / "a.json").read_text())["runs"]
-    assert (run["name"], run["iter"], run["rotated"]) == ("ckpt_000010", 10, {"L": 1})
+    found, = json.loads((tmp_path / "a.json").read_text())["runs"]
+    assert (found["name"], found["iter"], found["layers"]) == ("ckpt_000010", 10, "hope")
     assert (tmp_path / "a.png").stat().st_size > 1000
     attention.main([kept, "--heads", "--windows", "2", "--json", str(tmp_path / "h.json")])
-    run, = json.loads((tmp_path / "h.json").read_text())["runs"]
-    assert len(run["heads"]) == 4 and "layer 2, head 2" in capsys.readouterr().out
+    found, = json.loads((tmp_path / "h.json").read_text())["runs"]
+    assert len(found["heads"]) == 4 and "layer 2, head 2" in capsys.readouterr().out
+    run(dataset, tmp_path / "qkv_bias", "--qkv_bias", "--max_iters", "5")
+    attention.main([str(tmp_path / "qkv_bias"), "--biases", "--json", str(tmp_path / "b.json"),
+                    "--plot", str(tmp_path / "b.png")])
+    found, = json.loads((tmp_path / "b.json").read_text())["runs"]
+    assert [len(head["values"]) for head in found["heads"]] == [4 * 16] * 4
+    assert "layer 2, head 2" in capsys.readouterr().out
+    assert (tmp_path / "b.png").stat().st_size > 1000
 
 
 def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():
     run = analyzed(tiny("learned"))
     assert run["length"] == 32 and "inside/entropy" in run and "beyond/entropy" not in run
-    run = analyzed(tiny("nope", local_pe="hope", window_pattern="SL", window=8))
-    assert run["layers"] == "nope+hope:SL:8" and run["rotated"] == {"L": 0, "S": 2}
