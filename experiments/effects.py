@@ -31,10 +31,11 @@ from model import PE
 ENCODINGS = list(dict.fromkeys(["rope", "hope", "prope", *PE]))
 FACTORS = {  # name -> place of a level: the others are compared with the first one
     "head size": int, "base": lambda base: -base, "encoding": ENCODINGS.index,
-    "windows": ["none", "windows"].index, "log-n": ["none", "logn"].index}
+    "biases": ["none", "qkv", "all"].index, "windows": ["none", "windows"].index,
+    "log-n": ["none", "logn"].index}
 # Flags in which runs may differ: those that make the levels, and the seed
-VARIED = ("pe", "local_pe", "n_head", "rope_base", "prope_fraction", "window_pattern", "window",
-          "attn_scaling", "seed")
+VARIED = ("pe", "local_pe", "n_head", "rope_base", "prope_fraction", "bias", "qkv_bias",
+          "window_pattern", "window", "attn_scaling", "seed")
 MEASURES = {"nll": "loss",
             "nll_above_local": "loss with the full context minus loss with at most L tokens"}
 
@@ -43,10 +44,12 @@ def with_levels(scores):
     """Scores -> the same with a column per factor. A run without rotation has a row per base."""
     bases = scores["rope_base"].dropna().unique().tolist()  # nan without rotation
     windows = scores["window_pattern"].str.contains("S").map({True: "windows", False: "none"})
+    biases = scores["qkv_bias"].map({True: "qkv", False: "none"})
     scores = scores.assign(**{
         "head size": scores["n_embd"] // scores["n_head"],
         "base": [bases if pd.isna(base) else base for base in scores["rope_base"]],
-        "encoding": scores["pe"], "windows": windows, "log-n": scores["attn_scaling"]})
+        "encoding": scores["pe"], "biases": biases.mask(scores["bias"], "all"),
+        "windows": windows, "log-n": scores["attn_scaling"]})
     return scores.explode("base")
 
 

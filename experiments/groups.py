@@ -14,7 +14,7 @@ minutes) and for the range (start, end, nll, ppl, ppl_local, ...).
 """
 import json
 import re
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +85,8 @@ def network_of(settings):
 def settings_of(run):
     """A scored run -> the flags on which its scores depend; None for one without effect."""
     settings = run["args"] | run["config"] | {name: run[name] for name in SCALING_FLAGS}
-    idle = without_effect(network_of(settings))
+    network = network_of(settings)
+    settings, idle = asdict(network) | settings, without_effect(network)  # an older run lacks some
     return {name: None if name in idle else value for name, value in settings.items()
             if name not in NO_SETTING}
 

@@ -107,6 +107,19 @@ def test_runs_are_selected_by_their_levels():
     assert row["mean"][0] == pytest.approx(statistics.fmean(expected))
 
 
+def test_biases_are_none_those_of_queries_keys_and_values_or_all_which_older_runs_do_not_say():
+    kinds = ((2.0, False, False), (2.5, False, True), (3.5, True, True))
+    runs = [scored("rope", seed, (nll + seed / 10, 2.0), bias=bias, qkv_bias=qkv_bias)
+            for nll, bias, qkv_bias in kinds for seed in (1, 2)]
+    for run in runs[-2:]:
+        del run["config"]["qkv_bias"], run["args"]["qkv_bias"]
+    result = effects.effects_of(runs)
+    assert result["levels"] == {"biases": ["none", "qkv", "all"]}
+    for level, mean in (("qkv", 0.5), ("all", 1.5)):
+        row = row_of(result, "nll", ("biases", level, "none"))
+        assert row["mean"] == pytest.approx([mean, 0]) and row["seeds"] == [1, 2]
+
+
 def test_runs_that_are_no_grid_of_levels_and_seeds_are_refused():
     corners = [run for run in make_runs() if run["pe"] != "nope"
                and (run["config"]["n_head"], run["config"]["rope_base"]) in ((4, 1e4), (2, 100))]
