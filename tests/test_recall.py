@@ -217,7 +217,7 @@ def test_recall_trains_with_the_flags_of_the_network_and_with_the_seed(monkeypat
     assert run()["loss"] == plain
     for flag in (("--rope_base", "100"), ("--local_rope_base", "100"), ("--hope_cutoff", "11"),
                  ("--seed", "2"), ("--optimizer", "adamw"), ("--muon_learning_rate", "0.1"),
-                 ("--hard",)):
+                 ("--hard",), ("--bias",), ("--qkv_bias",)):
         assert run(*flag)["loss"] != plain, flag
     assert run("--attn_scaling", "logn")["config"]["attn_scaling"] == "logn"
 
