@@ -74,11 +74,6 @@ def attention_inputs(model, idx):
     return layers
 
 
-def pairs(x):
-    """Channels (..., D) -> the two coordinates of each pair (..., 2, P): channels j and j + D/2."""
-    return x.unflatten(-1, (2, -1))
-
-
 def logits_of(q, k, bias):
     """-> logits (H, T, T), -inf for keys in the future."""
     logits = q @ k.mT / math.sqrt(q.size(-1))
@@ -120,7 +115,7 @@ def measure_layer(q, k, v, bias, block_size, starts):
     weight_by_distance, logit_by_distance (bins,), whose first distances are `starts`"""
     position = torch.arange(q.size(1), device=q.device)
     bin_of = torch.bucketize(position, torch.tensor(starts, device=q.device), right=True) - 1
-    found = {f"norm/{name}": pairs(x[:, :block_size]).norm(dim=-2).mean((0, 1))
+    found = {f"norm/{name}": x[:, :block_size].unflatten(-1, (2, -1)).norm(dim=-2).mean((0, 1))
              for name, x in (("q", q), ("k", k), ("v", v))}
     for group, (start, end) in query_groups(block_size, q.size(1)).items():
         logits = logits_of(q, k, bias)[:, start:end]  # (H, Q, T)
@@ -131,16 +126,6 @@ def measure_layer(q, k, v, bias, block_size, starts):
             mean = binned_mean(x.mean(0)[visible], bins, len(starts))
             found[f"{group}/{name}_by_distance"] = mean
     return found
-
-
-def measure(model, windows, starts):
-    """Windows (N, T) -> name -> statistics of each window and layer (N, layers, ...)."""
-    rows = []
-    for window in windows:
-        layers = [measure_layer(*layer, model.config.block_size, starts)
-                  for layer in attention_inputs(model, window)]
-        rows.append({name: torch.stack([layer[name] for layer in layers]) for name in layers[0]})
-    return {name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]}
 
 
 def summarize(x):
@@ -155,9 +140,12 @@ def analyze(model, windows):
     """A model and windows (N, T), T at least its L -> its statistics, as the JSON holds them."""
     length = min(windows.size(1), model.transformer.wpe.max_length or windows.size(1))
     starts = position_bins(model.config.block_size, length)
-    found = measure(model, windows[:, :length], starts)
+    found = [[measure_layer(*layer, model.config.block_size, starts)
+              for layer in attention_inputs(model, window[:length])] for window in windows]
+    by_name = {name: [[layer[name].tolist() for layer in layers] for layers in found]
+               for name in found[0][0]}  # (N, layers, ...)
     return {"length": length, "starts": starts,
-            **{name: summarize(x) for name, x in found.items()}}
+            **{name: summarize(torch.tensor(x)) for name, x in by_name.items()}}
 
 
 def print_run(run):
@@ -190,7 +178,8 @@ def previous_token(q, k):
     L = q.size(1)
     rows = torch.arange(L // 2, L)  # (Q,)
     seen = torch.arange(L) <= rows[:, None]  # (Q, L)
-    by_pair = torch.einsum("hqcp,hkcp->hqkp", pairs(q[:, rows]), pairs(k)) / math.sqrt(q.size(-1))
+    of_pairs = (x.unflatten(-1, (2, -1)) for x in (q[:, rows], k))  # pair j: channels j and j + P
+    by_pair = torch.einsum("hqcp,hkcp->hqkp", *of_pairs) / math.sqrt(q.size(-1))
     weights = by_pair.sum(-1).masked_fill(~seen, -math.inf).softmax(-1)  # (H, Q, L)
     mean = (by_pair * seen[..., None]).sum(2) / seen.sum(1)[:, None]  # (H, Q, P)
     previous = (slice(None), torch.arange(len(rows)), rows - 1)

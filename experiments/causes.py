@@ -6,9 +6,8 @@ removed at evaluation from trained models.
 
 Unknown angles. A pair that does not complete a turn within L tokens (a slow pair) meets, beyond L,
 angles between query and key that never occurred in training. "angles clamped" gives the slow pairs
-of keys that are L or more tokens away the angle of distance L - 1; "angles 0" gives them the angle
-0. Fast pairs, and all pairs at smaller distances, keep theirs. ReRoPE (J. Su) clamps the distance
-of all pairs in this way.
+of keys that are L or more tokens away the angle of distance L - 1. Fast pairs, and all pairs at
+smaller distances, keep theirs. ReRoPE (J. Su) clamps the distance of all pairs in this way.
 
 Dilution. A query at position n >= L compares n + 1 keys. "L keys sampled" lets it see the nearest
 L / 2, and L / 2 of the others, drawn at random for each query and layer (heads and windows share
@@ -49,7 +48,7 @@ class Change:
     """What is changed in the full layers, for keys that are L or more tokens away and queries that
     see more than L; biases in all layers, everywhere."""
 
-    slow: str = "true"  # angle of the slow pairs: true, clamped or 0
+    clamped: bool = False  # the angles of the slow pairs
     silent: bool = False  # the fast pairs are left out
     keys: str = "all"  # that a query sees: all, sampled or last
     logn: bool = False
@@ -58,16 +57,11 @@ class Change:
 
 CHANGES = {
     "nothing": Change(),
-    "angles clamped": Change("clamped"),
-    "angles 0": Change("0"),
+    "angles clamped": Change(clamped=True),
     "fast pairs silent": Change(silent=True),
     "L keys sampled": Change(keys="sampled"),
     "log-n": Change(logn=True),
-    "angles clamped, fast pairs silent": Change("clamped", silent=True),
-    "angles clamped, L keys sampled": Change("clamped", keys="sampled"),
-    "angles clamped, log-n": Change("clamped", logn=True),
-    "fast pairs silent, log-n": Change(silent=True, logn=True),
-    "all three": Change("clamped", silent=True, keys="sampled"),
+    "all three": Change(clamped=True, silent=True, keys="sampled"),
     "last L keys": Change(keys="last"),
     "biases of q and k 0": Change(biases="0"),
     "a R b removed": Change(biases="no a R b"),
@@ -79,9 +73,8 @@ def far_rotations(theta, pos, L, change):
     same at all distances."""
     slow, angle = theta * L < 2 * math.pi, pos[:, None] * theta
     for_q = for_k = angle
-    if change.slow != "true":
-        constant = (L - 1) * theta if change.slow == "clamped" else torch.zeros_like(theta)
-        for_q, for_k = torch.where(slow, constant, angle), torch.where(slow, 0.0, angle)
+    if change.clamped:
+        for_q, for_k = torch.where(slow, (L - 1) * theta, angle), torch.where(slow, 0.0, angle)
     heard = slow.float() if change.silent else torch.ones_like(theta)  # (K,)
     return (for_q.cos() * heard, for_q.sin() * heard), (for_k.cos(), for_k.sin())
 
@@ -112,7 +105,7 @@ def attention(model, attn, x, kind, change, generator, chunk):
     if (scale := model.query_scale(scaled, pos, window, rotary is not None)) is not None:
         q = q * scale
     if rotary is not None:
-        if change.slow != "true" or change.silent:
+        if change.clamped or change.silent:
             for_q, for_k = far_rotations(pe.theta, pos, L, change)
             far_q, far_k = rotate(q, *for_q), rotate(k, *for_k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)

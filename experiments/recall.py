@@ -40,8 +40,9 @@ from experiments.tasks import EASY, HARD, LETTERS, VOCAB_SIZE, choose, generator
 from model import GPT, PE, GPTConfig
 from train import TrainConfig
 
+# the arrangement sets the other fields
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "bias", "qkv_bias", "rope_base",
-           "prope_fraction", "hope_cutoff", "local_rope_base", "attn_scaling")  # the arrangement sets the rest
+           "prope_fraction", "hope_cutoff", "local_rope_base", "attn_scaling")
 
 # --- Small models: training and testing -----------------------------------------------------------
 

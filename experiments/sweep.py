@@ -14,9 +14,9 @@ killed, give the same command again: complete runs are kept and the others conti
 is named by its layers, its seed and the flags that are not in an @file. So more values, more seeds
 or another sweep only add runs to OUT_DIR.
 
-Runs that differ in their seed alone form a group. OUT_DIR gets sweep.json with groups and runs,
-sweep.csv with a row per group and range of positions, and sweep.png: means and standard deviations
-over seeds, and differences from the first group, paired by seed, with their standard errors.
+Runs that differ in their seed alone form a group. OUT_DIR gets sweep.json with groups and runs, and
+sweep.png: means and standard deviations over seeds, and differences from the first group, paired by
+seed, with their standard errors.
 """
 import itertools
 import os
@@ -44,7 +44,7 @@ PROJECT = Path(__file__).parents[1]
 
 
 def values_by_flag(words):
-    """["--pe", "rope", "hope", "--no-bias"] -> {"pe": ["rope", "hope"], "no-bias": []}."""
+    """["--pe", "rope", "hope", "--bias"] -> {"pe": ["rope", "hope"], "bias": []}."""
     given = {}
     for word in words:
         if word.startswith("--"):
@@ -66,7 +66,7 @@ def combinations(given):
 
 
 def as_argv(chosen):
-    """{"pe": "rope", "no-bias": None} -> ["--pe", "rope", "--no-bias"]."""
+    """{"pe": "rope", "bias": None} -> ["--pe", "rope", "--bias"]."""
     return [word for flag, value in chosen.items()
             for word in (f"--{flag}", value) if word is not None]
 
@@ -170,8 +170,9 @@ RANGES = {"nll": "std", "ppl": "std", "ppl_local": "std", "bits_per_character": 
           "nll_above_first": "stderr", "nll_above_local": "stderr"}
 
 
-def groups_of(runs, scores):
-    """Scored runs and their table -> the groups, as the JSON holds them: means over seeds."""
+def groups_of(runs):
+    """Scored runs -> the groups, as the JSON holds them: means over seeds."""
+    scores = groups.scores_of(runs)
     whole = scores[scores["start"] == 0]  # a row per run
     totals = groups.over_seeds(whole, ["name"], TOTALS)
     ranges = groups.over_seeds(scores, ["name", "start", "end"], RANGES)
@@ -233,13 +234,9 @@ def main(argv=None):
         runs, failed = groups.read_runs(args.json_in), []
     else:
         runs, failed = train_and_score(args, words)
-    scores = groups.scores_of(runs)
-    found = groups_of(runs, scores)
+    found = groups_of(runs)
     if args.json:
         report.write_json(args.json, "-m experiments.sweep", {"groups": found, "runs": runs})
-    if not args.json_in:
-        groups.over_seeds(scores, ["name", "start", "end"], RANGES).to_csv(
-            f"{args.out_dir}/sweep.csv")
     if args.plot:
         plot([group | {"name": groups.in_words(group["name"])} for group in found], args.plot)
     print_groups(found)

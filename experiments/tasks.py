@@ -29,6 +29,7 @@ Shapes: B sequences of T tokens.
 """
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import torch
 
@@ -144,10 +145,6 @@ def match_task(size, length, generator, testing=False, crowd=False):
     return with_targets(tokens, range(question + 2, length + 1, 3))
 
 
-def mean_over(options, probability):
-    return sum(map(probability, options)) / len(options)
-
-
 # --- What a network learns and how it is tested ---------------------------------------------------
 
 
@@ -162,8 +159,8 @@ class Tasks:
 # given yet, for binding the second letters of all pairs, for match the third ones of the SIDE
 # triples that share a letter with the question.
 EASY = Tasks((copy_task, binding_task), {
-    "copy": (copy_task, mean_over(COPIED, lambda n: sum(1 / i for i in range(1, n + 1)) / n)),
-    "binding": (partial(binding_task, testing=True), mean_over(BOUND, lambda n: 1 / n)),
+    "copy": (copy_task, fmean(sum(1 / i for i in range(1, n + 1)) / n for n in COPIED)),
+    "binding": (partial(binding_task, testing=True), fmean(1 / n for n in BOUND)),
 }, shortest=2 + 4 * max(BOUND))
 HARD = Tasks((match_task,), {
     "match": (partial(match_task, testing=True), 1 / SIDE),

@@ -33,15 +33,11 @@ def constant_attention(pe="rope", distance=None):
 
 
 def measured(model, length=2 * L):
-    """-> statistics, means over two windows, and the starts of the bins."""
+    """-> statistics of each layer, means over two windows, and the starts of the bins."""
     windows = torch.randint(50, (2, length), generator=torch.Generator().manual_seed(0))
-    starts = position_bins(L, length)
-    found = attention.measure(model, windows, starts)
-    return {name: x.mean(0) for name, x in found.items()}, starts
-
-
-def analyzed(model):
-    return attention.analyze(model, torch.randint(50, (2, 4 * L)))
+    found = attention.analyze(model, windows)
+    starts, _ = found.pop("starts"), found.pop("length")
+    return {name: torch.tensor(x["layers"]) for name, x in found.items()}, starts
 
 
 # --- inside a layer
@@ -109,10 +105,9 @@ def test_a_pair_with_a_planted_norm_is_where_the_norms_say():
 
 
 def test_norms_are_those_of_tokens_within_L():
-    model, windows = tiny("rope", block_size=L), torch.randint(50, (1, 2 * L))
-    whole, cut = (attention.measure(model, part, position_bins(L, part.size(1)))
-                  for part in (windows, windows[:, :L]))
-    torch.testing.assert_close(whole["norm/k"], cut["norm/k"])
+    model, windows = tiny("rope", block_size=L), torch.randint(50, (2, 2 * L))
+    whole, cut = (attention.analyze(model, part)["norm/k"] for part in (windows, windows[:, :L]))
+    assert whole["mean"] == pytest.approx(cut["mean"])
 
 
 @pytest.mark.parametrize("pe", ["hope", "alibi"])
@@ -126,7 +121,8 @@ def test_a_layer_with_a_window_has_statistics_of_its_window_only(pe):
         assert found[name][1].isfinite().sum() > found[name][0].isfinite().sum()
     assert found["beyond/weight_by_distance"][0, :8].sum() == pytest.approx(1, abs=1e-4)
     assert found["beyond/entropy"][0] < math.log(8) < found["beyond/entropy"][1]
-    mean = torch.tensor(analyzed(model)["inside/logit_by_distance"]["mean"])
+    windows = torch.randint(50, (2, 4 * L))
+    mean = torch.tensor(attention.analyze(model, windows)["inside/logit_by_distance"]["mean"])
     assert mean[torch.tensor(starts) < L].isfinite().all()
 
 
@@ -227,5 +223,5 @@ def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, da
 
 
 def test_an_encoding_without_values_beyond_L_is_analyzed_inside_alone():
-    run = analyzed(tiny("learned"))
-    assert run["length"] == 32 and "inside/entropy" in run and "beyond/entropy" not in run
+    found = attention.analyze(tiny("learned"), torch.randint(50, (2, 4 * L)))
+    assert found["length"] == 32 and "inside/entropy" in found and "beyond/entropy" not in found

@@ -8,7 +8,6 @@ import sys
 import time
 from types import SimpleNamespace
 
-import pandas as pd
 import pytest
 
 from common.checkpoint import load_checkpoint
@@ -102,8 +101,7 @@ def test_a_killed_sweep_gives_the_weights_of_train_py(tiny_config, dataset, tmp_
     assert "hope:SL:4" in capsys.readouterr().out
     result = json.loads((out_dir / "sweep.json").read_text())
     assert [group["name"] for group in result["groups"]] == ["hope:SL:4"]
-    table = pd.read_csv(out_dir / "sweep.csv").set_index(["name", "start"])
-    assert table.loc[("hope:SL:4", 32), "nll"] == result["runs"][0]["buckets"][2]["nll"]
+    assert result["groups"][0]["buckets"][2]["nll"] == result["runs"][0]["buckets"][2]["nll"]
     assert (out_dir / "sweep.png").stat().st_size > 1000
 
 
