@@ -8,9 +8,8 @@ What attention does inside the trained context L and beyond it: measurements tha
 
 Prints the entropy of attention by layer, and plots mean attention weight and mean logit by distance
 to the key. Queries inside the trained context (its second half, [L/2, L)) are compared with those
-far beyond it ([T/2, T) of a window of T tokens). Several checkpoints of one run, which train.py
---keep_every leaves, show how training gets there. Short-window layers count the keys in their
-window only; the pairs' wavelengths are those of the full layers.
+far beyond it ([T/2, T) of a window of T tokens). Short-window layers count the keys in their window
+only. Several checkpoints of one run, which train.py --keep_every leaves, show how it gets there.
 
 --heads lists the heads of full layers by how much they look at the previous token, within L, and
 the pairs of channels that point there (arXiv 2410.06205: the fastest ones). A logit is a sum over
@@ -187,10 +186,11 @@ def previous_token(q, k):
 
 
 def previous_token_heads(model, windows):
-    """windows (N, L) -> the heads of the full layers, as the JSON holds them, those that look most
+    """windows (N, T) -> the heads of the full layers, as the JSON holds them, those that look most
     at the previous token first: weight on it, its logit, and the share of each band of pairs."""
     check_rotary(model)
     n_pairs, found = model.config.n_embd // model.config.n_head // 2, []
+    windows = windows[:, :model.config.block_size]
     theta = getattr(model.encodings["L"], "theta", torch.empty(0))
     turn = F.pad(2 * math.pi / theta, (0, n_pairs - len(theta)), value=math.inf)  # tokens (P,)
     band = torch.where(turn < 16, 0, torch.where(turn <= windows.size(1), 1,
@@ -204,40 +204,51 @@ def previous_token_heads(model, windows):
                 shares = torch.zeros(len(BANDS)).index_add(0, band, logits / logits.sum())
                 found.append({"layer": layer + 1, "head": head + 1, "weight": weight[head].item(),
                               "logit": logits.sum().item(), "shares": shares.tolist()})
-    return sorted(found, key=lambda row: -row["weight"])
+    return {"heads": sorted(found, key=lambda row: -row["weight"])}
+
+
+def print_heads(run):
+    report.print_table(
+        f"{run['name']}: heads of full layers; the share of each band in the logit of the previous "
+        "token", ["weight on it", "its logit", *BANDS], {
+            f"layer {row['layer']}, head {row['head']}": [
+                f"{value:.2f}" for value in (row["weight"], row["logit"], *row["shares"])]
+            for row in run["heads"]})
 
 
 # --- What biases of queries and keys add to a logit -----------------------------------------------
 
 
-def biases_by_distance(model, length):
-    """-> the heads, as the JSON holds them: the values at distances below `length`, nan outside the
-    window. Raises ValueError if there are no such biases or if an encoding does not rotate."""
+def biases_by_distance(model, windows):
+    """windows (N, T) -> the heads, as the JSON holds them: the values at distances below T, nan
+    outside of the layer's window. Raises ValueError if there are no such biases or no rotation."""
     check_rotary(model)
     if not model.config.qkv_bias:
         raise ValueError("--biases needs networks with biases of queries and keys")
-    found, distances = [], torch.arange(length)
+    found, distances = [], torch.arange(windows.size(1))
     for layer, (block, kind) in enumerate(zip(model.transformer.h, model.config.kinds()), 1):
         a, b = qk_biases(block.attn)
-        a = a[None, :, None].expand(-1, -1, length, -1)  # (1, H, length, D)
+        a = a[None, :, None].expand(-1, -1, len(distances), -1)  # (1, H, T, D)
         if (rotary := model.encodings[kind].rotary(distances)) is not None:
             a = rotate(a, *rotary)
-        values = (a[0] @ b[..., None])[..., 0] / math.sqrt(b.size(-1))  # (H, length)
+        values = (a[0] @ b[..., None])[..., 0] / math.sqrt(b.size(-1))  # (H, T)
         if kind == "S" and model.config.window:
             values[:, model.config.window:] = math.nan
         found += [{"layer": layer, "head": head, "values": row.tolist()}
                   for head, row in enumerate(values, 1)]
-    return found
+    return {"heads": found}
 
 
-# --- The command ----------------------------------------------------------------------------------
+def print_biases(run):
+    distances = [0, *(2 ** i for i in range((run["length"] - 1).bit_length()))]
+    report.print_table(
+        f"{run['name']}: what biases add to a logit, by the distance to the key",
+        list(map(str, distances)), {
+            f"layer {row['layer']}, head {row['head']}": [
+                f"{row['values'][d]:.2f}" for d in distances] for row in run["heads"]})
 
 
-def print_heads(run, title, columns, numbers):
-    """A table with a row of numbers for each head."""
-    report.print_table(f"{run['name']}: {title}", columns, {
-        f"layer {head['layer']}, head {head['head']}": [f"{value:.2f}" for value in row]
-        for head, row in zip(run["heads"], numbers)})
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 def draw_biases(run, color, panels):
@@ -265,8 +276,9 @@ def draw_attention(run, color, panels):
     panels[0].set_ylim(bottom=1e-4)
 
 
-def plot(runs, n_panels, draw, path):
+def plot(runs, draw, path):
     """A row per run, which draw(run, colour, panels) fills."""
+    n_panels = runs[0]["heads"][-1]["layer"] if draw is draw_biases else 2
     figure, axes = report.import_pyplot().subplots(
         len(runs), n_panels, figsize=(9.5, 2.5 * len(runs) + 0.7), squeeze=False,
         layout="constrained")
@@ -280,25 +292,16 @@ def plot(runs, n_panels, draw, path):
     output.save_picture(figure, path)
 
 
-def main(argv=None):
-    parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and "
-                                  "beyond it.")
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders or checkpoints")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--heads", action="store_true",
-                      help="list the heads that look at the previous token")
-    what.add_argument("--biases", action="store_true",
-                      help="what biases of queries and keys make: a function of the distance")
-    add_text_flags(parser)
-    add("--max_factor", type=flags.positive, default=4, help="length of a run's windows in "
-        "multiples of its block_size; memory grows with its square")
-    add("--windows", type=flags.positive, default=8, help="windows to average over")
-    report.add_output_flags(parser, "weight and logit by distance")
-    flags.add_flags(parser, DeviceConfig, "device")
-    args = parser.parse_args(argv)
-    report.check_outputs(args)
-    device = Device(DeviceConfig(args.device))
+# --- The command ----------------------------------------------------------------------------------
+
+# what is measured of a model and windows, how it is printed and drawn
+KINDS = {"attention": (analyze, print_run, draw_attention),
+         "heads": (previous_token_heads, print_heads, None),
+         "biases": (biases_by_distance, print_biases, draw_biases)}
+
+
+def measure_runs(args, device, measure, show):
+    """-> the result, as the JSON holds it."""
     checkpoints, names = [load_checkpoint(path) for path in args.runs], report.run_names(args.runs)
     ids, source, text_sha256, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text)
     lengths = [args.max_factor * checkpoint["config"]["block_size"] for checkpoint in checkpoints]
@@ -306,35 +309,41 @@ def main(argv=None):
     print(f"{len(windows)} windows, each inside one document of {source}")
     runs = []
     for name, checkpoint, length in zip(names, checkpoints, lengths):
-        model = load_model(checkpoint)
+        model = load_model(checkpoint).to(device.torch_device)
         run = {"name": name, "pe": model.config.pe, "layers": name_of(model.config),
                "block_size": model.config.block_size, "length": length,
-               "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"]}
-        if args.heads:
-            run["heads"] = previous_token_heads(model, windows[:, :model.config.block_size])
-            print_heads(run, "heads of full layers; the share of each band in the logit of the "
-                        "previous token", ["weight on it", "its logit", *BANDS],
-                        [(head["weight"], head["logit"], *head["shares"])
-                         for head in run["heads"]])
-        elif args.biases:
-            run["heads"] = biases_by_distance(model, length)
-            shown = [0, *(2 ** i for i in range((length - 1).bit_length()))]
-            print_heads(run, "what biases add to a logit, by the distance to the key",
-                        list(map(str, shown)),
-                        [[head["values"][d] for d in shown] for head in run["heads"]])
-        else:
-            part = windows[:, :length].to(device.torch_device)
-            run |= analyze(model.to(device.torch_device), part)
-            print_run(run)
+               "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"],
+               **measure(model, windows[:, :length].to(device.torch_device))}
+        show(run)
         runs.append(run)
+    return {"device": str(device), "dataset_sha256": text_sha256, "windows": len(windows),
+            "bands": BANDS, "runs": runs}
+
+
+def main(argv=None):
+    parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and "
+                                  "beyond it.")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders or checkpoints")
+    add("--heads", action="store_true", help="list the heads that look at the previous token")
+    add("--biases", action="store_true",
+        help="the function of distance that biases of queries and keys make")
+    add_text_flags(parser)
+    add("--max_factor", type=flags.positive, default=4, help="length of a run's windows in "
+        "multiples of its block_size; memory grows with its square")
+    add("--windows", type=flags.positive, default=8, help="windows to average over")
+    report.add_output_flags(parser, "weight and logit, or the function, by distance")
+    flags.add_flags(parser, DeviceConfig, "device")
+    args = parser.parse_args(argv)
+    report.check_outputs(args)
+    kind = "heads" if args.heads else "biases" if args.biases else "attention"
+    device = Device(DeviceConfig(args.device if kind == "attention" else "cpu"))
+    result, draw = measure_runs(args, device, *KINDS[kind][:2]), KINDS[kind][2]
     if args.json:
-        report.write_json(args.json, "-m experiments.attention", output.rounded(
-            {"device": str(device), "dataset_sha256": text_sha256, "windows": len(windows),
-             "bands": BANDS, "runs": runs}, 5 if args.heads else 4))
-    if args.plot and args.biases:
-        plot(runs, runs[0]["heads"][-1]["layer"], draw_biases, args.plot)
-    elif args.plot and not args.heads:
-        plot(runs, 2, draw_attention, args.plot)
+        report.write_json(args.json, "-m experiments.attention",
+                          output.rounded(result, 5 if args.heads else 4))
+    if args.plot and draw:
+        plot(result["runs"], draw, args.plot)
 
 
 if __name__ == "__main__":

@@ -140,12 +140,12 @@ def test_bins_start_at_every_small_distance_and_at_L():
     {"pe": "rope"}, {"pe": "prope", "prope_fraction": 0.5}, {"pe": "nope"},
     {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}], ids=str)
 def test_weights_and_shares_of_a_head_are_those_written_out(layers):
-    model, windows = tiny(**layers, rope_base=100), torch.randint(50, (3, L))
+    model, windows = tiny(**layers, rope_base=100), torch.randint(50, (3, 2 * L))
     theta = [] if layers["pe"] == "nope" else model.transformer.wpe.theta.tolist()
     turns = [2 * math.pi / t for t in theta] + [math.inf] * (8 - len(theta))
     band = [sum([turn >= 16, turn > L, turn == math.inf]) for turn in turns]
     weights, above = torch.zeros(2), torch.zeros(2, 8)
-    for window in windows:
+    for window in windows[:, :L]:
         q, k, _, _ = attention_inputs(model, window)[1]  # the last layer is a full one
         q, k = (torch.complex(t[..., :8], t[..., 8:]) for t in (q, k))
         for head in range(2):
@@ -153,7 +153,7 @@ def test_weights_and_shares_of_a_head_are_those_written_out(layers):
                 logits = (q[head, n] * k[head, :n + 1].conj()).real / 4  # (n + 1, pairs)
                 weights[head] += logits.sum(1).softmax(0)[n - 1] / (3 * L / 2)
                 above[head] += (logits[n - 1] - logits.mean(0)) / (3 * L / 2)
-    rows = attention.previous_token_heads(model, windows)
+    rows = attention.previous_token_heads(model, windows)["heads"]
     assert len(rows) == (2 if "window" in layers else 4)  # those of full layers
     found = [row for row in rows if row["layer"] == 2]
     assert sorted(row["head"] for row in found) == [1, 2]
@@ -176,7 +176,7 @@ def test_the_function_of_distance_is_that_of_the_biases_written_out(layers):
     model = tiny(**layers, rope_base=100, qkv_bias=True)
     for block in model.transformer.h:
         torch.nn.init.normal_(block.attn.c_attn.bias)
-    heads = attention.biases_by_distance(model, 2 * L)
+    heads = attention.biases_by_distance(model, torch.zeros(1, 2 * L))["heads"]
     assert [(head["layer"], head["head"]) for head in heads] == [(1, 1), (1, 2), (2, 1), (2, 2)]
     for found in heads:
         start, window = 16 * (found["head"] - 1), 2 * L
@@ -195,7 +195,7 @@ def test_the_function_of_distance_is_that_of_the_biases_written_out(layers):
 
 def test_a_network_without_biases_of_queries_and_keys_has_no_function_of_distance():
     with pytest.raises(ValueError, match="needs networks with biases"):
-        attention.biases_by_distance(tiny("rope"), L)
+        attention.biases_by_distance(tiny("rope"), torch.zeros(1, L))
 
 
 # --- the command
