@@ -51,17 +51,12 @@ def tasks_of(args):
     return HARD if args.hard else EASY
 
 
-def optimizer_config(args):
-    config = OptimizerConfig(**{field.name: getattr(args, field.name)
-                                for field in fields(OptimizerConfig)})
-    config.lr_decay_iters = config.lr_decay_iters or args.max_iters
-    return config
-
-
 def train(config, args, seed, device):
     """-> a model trained on the tasks, and the loss of its last step in nats per answer."""
     torch.manual_seed(seed)
-    model, schedule, tasks = GPT(config).to(device).train(), optimizer_config(args), tasks_of(args)
+    model, tasks = GPT(config).to(device).train(), tasks_of(args)
+    schedule = TrainConfig(max_iters=args.max_iters, **{
+        field.name: getattr(args, field.name) for field in fields(OptimizerConfig)})
     optimizers = make_optimizers(model, schedule, device)
     for step in range(args.max_iters):
         generator = generator_for(seed, step)
@@ -294,8 +289,8 @@ def main(argv=None):
         runs = train_and_test_all(args, device.torch_device)
         means = output.mean_over_seeds(runs, [run["name"] for run in runs], "pe", "tasks")
         guesses = {name: chance for name, (_, chance) in tasks_of(args).tested.items()}
-        result = {"flags": {**vars(args), **asdict(optimizer_config(args))}, "runs": runs,
-                  "chance_blind": 1 / LETTERS, "chance_in_part": guesses, "means": means}
+        result = {"flags": vars(args), "runs": runs, "chance_blind": 1 / LETTERS,
+                  "chance_in_part": guesses, "means": means}
     if args.json:
         report.write_json(args.json, "-m experiments.recall", output.rounded(
             {"seed": args.seed, "device": str(device), **result}, 4))
