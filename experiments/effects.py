@@ -2,7 +2,7 @@
 Effects of factors: what each choice changes in the loss, averaged over all the others.
 
     python eval_extrapolation.py out/factorial/*seed-1 --attn_scaling none logn --json 1.json
-    python -m experiments.effects 1.json 2.json 3.json --json effects.json --plot effects.png
+    python -m experiments.effects 1.json 2.json 3.json --json effects.json
     python -m experiments.effects 1.json 2.json 3.json --only windows=none encoding=rope,hope
 
 The runs are a grid: every combination of the factors' levels, once per seed. The effect of a level
@@ -19,13 +19,11 @@ counts for every base.
 import itertools
 import math
 
-import numpy as np
 import pandas as pd
 import torch
 
 from common import flags, report
-from experiments.groups import IN_WORDS, read_runs, scores_of, settings_of, without_nan
-from experiments.output import save_picture
+from experiments.groups import read_runs, scores_of, settings_of, without_nan
 from model import PE
 
 ENCODINGS = list(dict.fromkeys(["rope", "hope", "prope", *PE]))
@@ -141,27 +139,6 @@ def print_effects(result):
             "per token, ± standard error over seeds", columns, rows)
 
 
-def plot(result, path):
-    """A panel per factor: the effect of its levels by range, with two standard errors."""
-    pyplot, factors = report.import_pyplot(), list(result["levels"])
-    figure, (panels,) = pyplot.subplots(
-        1, len(factors), figsize=(0.8 + 2.9 * len(factors), 3.6), layout="constrained",
-        sharey=True, squeeze=False)
-    L, at = result["ranges"][0][1], np.arange(len(result["ranges"]))
-    for axes, factor in zip(panels, factors):
-        for i, row in enumerate(row for row in result["nll"] if row["factors"] == [factor]):
-            level, reference = (IN_WORDS.get(x, as_text(x)) for x in row["levels"][0])
-            mean, stderr = np.array([row["mean"], row["stderr"]], float)  # None becomes nan
-            axes.errorbar(at + 0.08 * i, mean, 2 * stderr, marker="osD"[i % 3], capsize=3,
-                          label=f"{level} instead of {reference}")
-        axes.axhline(0, color="gray", linewidth=1)
-        axes.set_xticks(at, [f"{end // L} L" for _, end in result["ranges"]])
-        axes.set(title=factor, xlabel="position, up to")
-        axes.legend(fontsize=9)
-    panels[0].set_ylabel("change of the loss, nats per token,\n± two standard errors")
-    save_picture(figure, path)
-
-
 def main(argv=None):
     parser = flags.ArgumentParser(
         "Effects of factors on the loss by position, averaged over all other factors.")
@@ -170,7 +147,8 @@ def main(argv=None):
     parser.add_argument("--only", nargs="+", default=[], metavar="FACTOR=LEVEL[,LEVEL...]",
                         help="leave out all other runs; such as windows=none encoding=rope,hope "
                         "'head size=64'")
-    report.add_output_flags(parser, "the effect of each factor by position")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
+    parser.set_defaults(plot=None)
     args = parser.parse_args(argv)
     report.check_outputs(args)
     runs = read_runs(args.scores)
@@ -178,8 +156,6 @@ def main(argv=None):
     if args.json:
         report.write_json(args.json, "-m experiments.effects", {
             **{key: runs[0][key] for key in ("device", "windows", "dataset_sha256")}, **result})
-    if args.plot:
-        plot(result, args.plot)
     print_effects(result)
 
 
