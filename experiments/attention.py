@@ -7,9 +7,8 @@ What attention does inside the trained context L and beyond it: measurements tha
     python -m experiments.attention out/qkv_bias --biases --json biases.json --plot biases.png
 
 Prints the entropy of attention by layer, and plots mean attention weight and mean logit by distance
-to the key. Queries inside the trained context (its second half, [L/2, L)) are compared with those
-far beyond it ([T/2, T) of a window of T tokens). Short-window layers count the keys in their window
-only. Several checkpoints of one run, which train.py --keep_every leaves, show how it gets there.
+to the key, of queries in [L/2, L), and of those far beyond L, in [T/2, T) of windows of T tokens.
+Short-window layers count the keys in their window only.
 
 --heads lists the heads of full layers by how much they look at the previous token, within L, and
 the pairs of channels that point there (arXiv 2410.06205: the fastest ones). A logit is a sum over
@@ -94,12 +93,6 @@ def position_bins(block_size, length):
     return [0, *sorted(start for start in starts if 0 < start < length)]
 
 
-def binned_mean(values, index, n_bins):
-    """Values (N,) and the bin of each (N,) -> the mean of each bin (n_bins,), nan if none."""
-    total = values.new_zeros(n_bins).index_add_(0, index, values)
-    return total / torch.bincount(index, minlength=n_bins)
-
-
 def query_groups(block_size, length):
     """Name -> first and last + 1 of its queries, which all have about the same number of keys."""
     groups = {"inside": (block_size // 2, min(block_size, length)), "beyond": (length // 2, length)}
@@ -120,31 +113,28 @@ def measure_layer(q, k, v, bias, block_size, starts):
         logits = logits_of(q, k, bias)[:, start:end]  # (H, Q, T)
         weights, visible = logits.softmax(-1), logits.isfinite().all(0)  # (Q, T)
         bins = bin_of[(position[start:end, None] - position)[visible]]  # (visible,)
+        count = torch.bincount(bins, minlength=len(starts))
         found[f"{group}/entropy"] = torch.special.entr(weights).sum(-1).mean()
         for name, x in (("weight", weights), ("logit", logits)):
-            mean = binned_mean(x.mean(0)[visible], bins, len(starts))
-            found[f"{group}/{name}_by_distance"] = mean
+            total = x.new_zeros(len(starts)).index_add_(0, bins, x.mean(0)[visible])
+            found[f"{group}/{name}_by_distance"] = total / count  # nan if there are none
     return found
 
 
-def summarize(x):
-    """A statistic (N, layers, ...) -> its mean in each layer, over layers, and the standard error
-    of that over windows."""
-    overall = x.nanmean(1)  # a layer with a window has no mean for the distances beyond it
-    return {"layers": x.mean(0).tolist(), "mean": overall.mean(0).tolist(),
-            "stderr": (overall.std(0) / math.sqrt(len(x))).tolist()}  # nan for one window
-
-
 def analyze(model, windows):
-    """A model and windows (N, T), T at least its L -> its statistics, as the JSON holds them."""
+    """A model and windows (N, T), T at least its L -> its statistics, as the JSON holds them: means
+    in each layer, means over layers, and their standard errors over windows."""
     length = min(windows.size(1), model.transformer.wpe.max_length or windows.size(1))
     starts = position_bins(model.config.block_size, length)
     found = [[measure_layer(*layer, model.config.block_size, starts)
               for layer in attention_inputs(model, window[:length])] for window in windows]
-    by_name = {name: [[layer[name].tolist() for layer in layers] for layers in found]
-               for name in found[0][0]}  # (N, layers, ...)
-    return {"length": length, "starts": starts,
-            **{name: summarize(torch.tensor(x)) for name, x in by_name.items()}}
+    result = {"length": length, "starts": starts}
+    for name in found[0][0]:
+        x = torch.tensor([[layer[name].tolist() for layer in layers] for layers in found])
+        mean = x.nanmean(1)  # (N, ...); a layer with a window has none for the distances beyond it
+        result[name] = {"layers": x.mean(0).tolist(), "mean": mean.mean(0).tolist(),
+                        "stderr": (mean.std(0) / math.sqrt(len(x))).tolist()}  # nan for one window
+    return result
 
 
 def print_run(run):
@@ -193,8 +183,7 @@ def previous_token_heads(model, windows):
     windows = windows[:, :model.config.block_size]
     theta = getattr(model.encodings["L"], "theta", torch.empty(0))
     turn = F.pad(2 * math.pi / theta, (0, n_pairs - len(theta)), value=math.inf)  # tokens (P,)
-    band = torch.where(turn < 16, 0, torch.where(turn <= windows.size(1), 1,
-                                                 torch.where(turn.isfinite(), 2, 3)))
+    band = (turn >= 16).long() + (turn > windows.size(1)) + turn.isinf()
     inputs = [attention_inputs(model, window) for window in windows]
     for layer, kind in enumerate(model.config.kinds()):
         if kind == "L":
@@ -321,8 +310,7 @@ def measure_runs(args, device, measure, show):
 
 
 def main(argv=None):
-    parser = flags.ArgumentParser("Analyse the attention of runs, inside the trained context and "
-                                  "beyond it.")
+    parser = flags.ArgumentParser("Analyse attention inside the trained context and beyond it.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="runs' folders or checkpoints")
     add("--heads", action="store_true", help="list the heads that look at the previous token")
@@ -340,8 +328,7 @@ def main(argv=None):
     device = Device(DeviceConfig(args.device if kind == "attention" else "cpu"))
     result, draw = measure_runs(args, device, *KINDS[kind][:2]), KINDS[kind][2]
     if args.json:
-        report.write_json(args.json, "-m experiments.attention",
-                          output.rounded(result, 5 if args.heads else 4))
+        report.write_json(args.json, "-m experiments.attention", output.rounded(result, 4))
     if args.plot and draw:
         plot(result["runs"], draw, args.plot)
 

@@ -74,7 +74,7 @@ def in_turns(calls, device, repeats, warm_up):
 
 
 def training_step(model, optimizers, x, y, autocast):
-    """One step as in train.py, without float16's scaler: forward, backward, clip, update."""
+    """One step as in train.py, without float16's scaler -> the loss before it."""
     with autocast:
         loss = model(x, y)[1]
     loss.backward()
@@ -82,6 +82,7 @@ def training_step(model, optimizers, x, y, autocast):
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 class NanoGPT(nn.Module):

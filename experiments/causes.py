@@ -208,8 +208,7 @@ def print_group(group):
 
 
 def make_parser():
-    parser = flags.ArgumentParser("Why the loss rises beyond the trained context: three causes, "
-                                  "each removed.")
+    parser = flags.ArgumentParser("Why the loss rises beyond the trained context: causes removed.")
     add = parser.add_argument
     add("command", choices=["score"])
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs")

@@ -56,11 +56,10 @@ IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "
 def in_words(name):
     """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn;
     nope+rope:SSSL:16 -> NoPE in full layers, windows."""
+    name = name.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
     arrangement, *rest = name.split(maxsplit=1)
     pe, *windows = arrangement.split(":")
     full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
-    rest = [text.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
-            for text in rest]
     return ", ".join([f"{full} in full layers" if local else full, *["windows"] * bool(windows),
                       *rest])
 

@@ -23,6 +23,7 @@ predictions of its second half are scored.
 Shapes: B sequences, T tokens, N windows, P tokens of a passage, V size of the vocabulary.
 """
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import torch
@@ -35,6 +36,7 @@ from common.optimizer import OptimizerConfig, make_optimizers, set_learning_rate
 from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges
 from experiments import output
+from experiments.bench import training_step
 from experiments.groups import fields_of, in_words, name_of
 from experiments.tasks import EASY, HARD, LETTERS, VOCAB_SIZE, choose, generator_for, pick
 from model import GPT, PE, GPTConfig
@@ -65,12 +67,7 @@ def train(config, args, seed, device):
                  for task in tasks.trained]
         tokens, targets = (torch.cat(part).to(device) for part in zip(*parts))  # (B, length)
         set_learning_rate(optimizers, step, schedule)
-        loss = model(tokens, targets)[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        loss = training_step(model, optimizers, tokens, targets, nullcontext())
     return model.eval(), loss.item()
 
 

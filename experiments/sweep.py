@@ -11,8 +11,7 @@ nope+rope:SSSL:16 (experiments/groups.py).
 
 Several runs (--jobs) train at a time, each in a process with one thread. If the sweep is stopped or
 killed, give the same command again: complete runs are kept and the others continue. A run's folder
-is named by its layers, its seed and the flags that are not in an @file. So more values, more seeds
-or another sweep only add runs to OUT_DIR.
+is named by its layers, its seed and the flags that are not in an @file: more values only add runs.
 
 Runs that differ in their seed alone form a group. OUT_DIR gets sweep.json with groups and runs, and
 sweep.png: means and standard deviations over seeds, and differences from the first group, paired by
