@@ -1,5 +1,4 @@
 """Looking inside attention, on models whose answers are known beforehand."""
-import cmath
 import json
 import math
 import shutil
@@ -183,14 +182,13 @@ def test_the_function_of_distance_is_that_of_the_biases_written_out(layers):
         n_rotated = {"rope": 8, "prope": 4, "nope": 0}[layers["pe"]]
         if "window" in layers and found["layer"] == 1:
             n_rotated, window = 8, 5
-        bias = model.transformer.h[found["layer"] - 1].attn.c_attn.bias.tolist()
-        for d, value in enumerate(found["values"]):
-            expected = 0
-            for j in range(8):
-                a, b = (complex(bias[at + j], bias[at + 8 + j]) for at in (start, 32 + start))
-                angle = d * 100 ** (-j / 8) if j < n_rotated else 0
-                expected += (a * b.conjugate() * cmath.exp(1j * angle)).real / 4
-            assert math.isnan(value) if d >= window else value == pytest.approx(expected, abs=1e-4)
+        bias = model.transformer.h[found["layer"] - 1].attn.c_attn.bias.detach()
+        a, b = (torch.complex(*bias[at:at + 16].chunk(2)) for at in (start, 32 + start))
+        theta = torch.tensor([100 ** (-j / 8) if j < n_rotated else 0 for j in range(8)])
+        expected = (a * b.conj() * torch.exp(1j * theta * torch.arange(2 * L)[:, None])).real.sum(1)
+        expected[window:] = math.nan
+        torch.testing.assert_close(torch.tensor(found["values"]), expected / 4, equal_nan=True,
+                                   atol=1e-4, rtol=0)
 
 
 def test_a_network_without_biases_of_queries_and_keys_has_no_function_of_distance():

@@ -37,7 +37,7 @@ def test_rates_that_are_not_given_depend_on_the_optimizer():
 
 
 def test_weight_decay_spares_norms_biases_and_what_encodings_learn():
-    model = tiny("learned")
+    model = tiny("learned", bias=True)
     [adamw] = make_optimizers(model, optimizer="adamw")
     (decay, decayed), (none, spared) = names_by_group(model, [adamw])
     assert (decay, none) == (0.1, 0)
@@ -54,7 +54,7 @@ def test_the_betas_of_the_configuration_are_adamw_s(name):
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_all_the_rest():
-    model = tiny("t5")
+    model = tiny("t5", bias=True)
     adamw, muon = make_optimizers(model)
     assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
     (_, embeddings), (_, vectors) = names_by_group(model, [adamw])
