@@ -56,6 +56,7 @@ IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "
 def in_words(name):
     """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn;
     nope+rope:SSSL:16 -> NoPE in full layers, windows."""
+    name = name.replace("bias True qkv_bias True", "all biases").replace("bias False qkv", "qkv")
     name = name.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
     arrangement, *rest = name.split(maxsplit=1)
     pe, *windows = arrangement.split(":")

@@ -33,6 +33,16 @@ def test_an_arrangement_is_read_and_named(text, fields):
     assert groups.name_of(GPTConfig(**fields)) == text
 
 
+@pytest.mark.parametrize("name, words", [
+    ("hope:SSSL:16 logn", "HoPE, windows, logn"), ("rope qkv_bias False", "RoPE, no biases"),
+    ("nope+rope:SL:4 qkv_bias True", "NoPE in full layers, windows, QKV biases"),
+    ("rope bias False qkv_bias False", "RoPE, no biases"),
+    ("rope bias False qkv_bias True logn", "RoPE, QKV biases logn"),
+    ("rope bias True qkv_bias True", "RoPE, all biases")])
+def test_a_name_in_words_says_which_biases_there_are(name, words):
+    assert groups.in_words(name) == words
+
+
 @pytest.mark.parametrize("text", ["rotary", "hope:SL", "hope+rope", "hope:SXL:4", "hope:SL:4:5"])
 def test_what_is_no_arrangement_is_refused(text):
     with pytest.raises(ValueError, match="not an arrangement"):
