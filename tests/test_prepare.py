@@ -1,5 +1,6 @@
 """From text to a data set: what is held out, what meta.json says, no set replaces another."""
 import os
+import re
 import shutil
 import signal
 import sys
@@ -106,11 +107,12 @@ def test_the_next_commands_read_the_text_as_often_as_they_say_but_not_too_often(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.chdir(PROJECT)
     data.prepare.print_commands(Path("data/novel"), n_tokens)
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split("@config/")[1].split()[0] for line in lines] == (
-        ["laptop_char", "laptop_overnight"] if has_gpu else ["cpu_demo", "night_cpu"])
-    for line in lines:
-        said, command = line.split(" readings of the text:  python train.py ")
+    printed = re.findall(r"(\w+), (.*) readings of the text:\n    python train.py (@config/(\w+).*)",
+                         capsys.readouterr().out)
+    assert [(time, name) for time, _, _, name in printed] == list(zip(
+        ("minutes", "hours"),
+        ("laptop_char", "laptop_overnight") if has_gpu else ("cpu_demo", "night_cpu")))
+    for _, said, command, _ in printed:
         network, config, _ = train.parse(command.split())
         assert (config.dataset, config.out_dir.startswith("out/novel")) == ("data/novel", True)
         tokens = (config.max_iters * config.batch_size * config.gradient_accumulation_steps
