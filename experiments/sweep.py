@@ -136,8 +136,6 @@ def train_all(jobs, at_a_time):
             time.sleep(0.2)
             alive = [process for process in running if process.poll() is None]
             bar.update(len(running) - len(alive))
-            if sys.stderr.isatty():
-                bar.refresh()  # the time goes on
             running = alive
     return signals[0] if signals else None
 
