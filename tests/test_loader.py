@@ -157,7 +157,7 @@ def other(tmp_path):
     """A data set of another text, with the same tokenizer as `dataset`."""
     path = tmp_path / "other.txt"
     path.write_text("one two three " * 200)
-    return prepare(str(path), out_dir=tmp_path / "other")
+    return prepare(str(path), out_dir=tmp_path / "other", charset="ascii")
 
 
 def test_a_data_set_that_was_replaced_after_training_is_scored_only_if_named(dataset, other):
