@@ -68,8 +68,8 @@ def in_words(name):
 # --- Settings: {flag: value} ----------------------------------------------------------------------
 
 # Where a run computes and what it saves, but not what it computes.
-NO_SETTING = ("out_dir", "resume", "device", "compile", "log_interval", "save_interval",
-              "save_minutes", "keep_every")
+NO_SETTING = ("out_dir", "resume", "device", "compile", "log_interval", "sample_chars",
+              "save_interval", "save_minutes", "keep_every")
 # Those and what name_of says are not added to the name of a group.
 NOT_IN_NAMES = (*NO_SETTING, "pe", "local_pe", "window_pattern", "window", "seed")
 SCALING_FLAGS = ("rope_scaling", "rope_factor", "attn_scaling")  # set by the evaluation

@@ -106,7 +106,7 @@ def is_started(folder):
 
 def is_complete(folder):
     checkpoint = load_checkpoint(folder / "ckpt.pt") if is_started(folder) else None
-    return checkpoint is not None and checkpoint["iter"] >= checkpoint["args"]["max_iters"]
+    return checkpoint is not None and checkpoint["evaluated"] >= checkpoint["args"]["max_iters"]
 
 
 def start(folder, argv):
@@ -124,7 +124,8 @@ def train_all(jobs, at_a_time):
     """Train the jobs that are not complete -> the number of the signal that stopped it, or None."""
     waiting, running = [folder for folder in jobs if not is_complete(folder)], []
     print(f"runs: {len(jobs)}, complete: {len(jobs) - len(waiting)}, at a time: {at_a_time}")
-    with stop_signals() as signals, tqdm(total=len(waiting), unit="run", mininterval=30) as bar:
+    with stop_signals("stopping the runs, which save") as signals, tqdm(
+            total=len(waiting), unit="run", mininterval=30) as bar:
         while running or (waiting and not signals):
             while waiting and len(running) < at_a_time and not signals:
                 folder = waiting.pop(0)

@@ -86,10 +86,67 @@ def test_a_run_that_was_stopped_between_evaluations_can_end_there(dataset, tmp_p
     assert last["iter"] == 8 and last["val_loss"] > 0 and last["train_loss"] > 0
 
 
-def test_a_second_ctrl_c_does_not_wait(dataset, tmp_path, at_batch, refused):
-    at_batch(0, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+@pytest.mark.parametrize("stopped_at", [0, 5, 10])
+def test_a_signal_leaves_an_evaluation_half_done_and_no_step_begins(
+        dataset, tmp_path, monkeypatch, capsys, stopped_at):
+    """The evaluations are at steps 0, 5 and 10. A line of the log is due at step 5 without it."""
+    given = ["--max_iters", "10", "--log_interval", "1", "--eval_iters", "3"]
+    left = [stopped_at / 5]  # evaluations that are not disturbed
+    run(dataset, tmp_path / "whole", *given)
+    batches = train.validation_batches
+
+    def stopping(*args):
+        for i, batch in enumerate(batches(*args)):
+            if i == 1 and left[0] == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            assert i < 2 or left[0] != 0, "the evaluation goes on"
+            yield batch
+        left[0] -= 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validation_batches", stopping)
+        with pytest.raises(SystemExit):
+            run(dataset, tmp_path / "parts", *given)
+    printed = capsys.readouterr().out.splitlines()[-1]
+    if stopped_at == 0:
+        assert printed == "stopped before the first step" and not list(tmp_path.glob("parts/*.pt"))
+        run(dataset, tmp_path / "parts", *given)
+    else:
+        assert printed.startswith(f"stopped after step {stopped_at}, which is saved")
+        assert load_checkpoint(tmp_path / "parts" / "ckpt.pt")["iter"] == stopped_at
+        resumed(tmp_path / "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_ctrl_c_prints_at_once_what_happens_and_a_second_one_does_not_wait(
+        dataset, tmp_path, at_batch, refused, capfd):
+    printed = []
+
+    def press():
+        for _ in range(2):
+            printed.append(capfd.readouterr().err)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    at_batch(0, press)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, tmp_path, "--max_iters", "3")
+    assert printed[1] == ("\nstopping after this step, then saving; Ctrl-C again ends at once\n")
+
+
+def test_a_signal_saves_although_nobody_reads_what_is_printed(dataset, tmp_path, at_batch, refused):
+    reader, writer = os.pipe()
+    os.close(reader)
+    own = os.dup(2)
+
+    def press():
+        os.dup2(writer, 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.dup2(own, 2)
+
+    at_batch(2, press)
+    with pytest.raises(SystemExit):
+        run(dataset, tmp_path, "--max_iters", "5")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["iter"] == 3
 
 
 def test_a_training_in_a_thread_as_in_a_notebook_runs_without_handlers(dataset, tmp_path, refused):

@@ -22,15 +22,15 @@ def test_the_default_data_set_is_made_once_and_beside_the_project(tmp_path, monk
     monkeypatch.setattr(loader, "__file__", str(tmp_path / "project" / "loader.py"))
     monkeypatch.setitem(SOURCES, "pysrc", lambda: made.append(1) or ["def f(): pass\n" * 30])
     monkeypatch.chdir(tmp_path)
-    metas = [open_dataset(loader.DEFAULT_DATASET)[0] for _ in range(2)]
+    metas = [open_dataset(loader.DEFAULT_SET)[0] for _ in range(2)]
     assert metas[0] == metas[1] and metas[0]["arguments"]["source"] == ["pysrc"] and made == [1]
     assert len(list(tmp_path.glob("project/pysrc_char/*.*"))) == 3
 
 
 def test_a_data_set_of_that_name_in_the_current_folder_comes_first(other, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(other, loader.DEFAULT_DATASET)
-    assert open_dataset(loader.DEFAULT_DATASET)[0] == open_dataset(other)[0]
+    shutil.copytree(other, loader.DEFAULT_SET)
+    assert open_dataset(loader.DEFAULT_SET)[0] == open_dataset(other)[0]
 
 
 def test_a_data_set_that_was_cut_short_is_called_damaged(dataset, tmp_path):
@@ -157,7 +157,7 @@ def other(tmp_path):
     """A data set of another text, with the same tokenizer as `dataset`."""
     path = tmp_path / "other.txt"
     path.write_text("one two three " * 200)
-    return prepare(str(path), out_dir=tmp_path / "other")
+    return prepare(str(path), out_dir=tmp_path / "other", charset="ascii")
 
 
 def test_a_data_set_that_was_replaced_after_training_is_scored_only_if_named(dataset, other):

@@ -1,5 +1,6 @@
 """From text to a data set: what is held out, what meta.json says, no set replaces another."""
 import os
+import re
 import shutil
 import signal
 import sys
@@ -7,12 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data.prepare
+import train
 from data.loader import open_dataset
 from data.prepare import prepare, split
 from data.sources import SOURCES, sha256
 from data.tokenizer import from_dict
+from tests.conftest import PROJECT
 
 STORY = "It was a dark and stormy night. "
 
@@ -78,16 +82,45 @@ def test_the_end_of_the_longest_is_held_out_if_whole_documents_give_less_than_a_
     assert val == [small] and len(train) == 16
 
 
-def test_characters_are_those_of_the_training_text_if_one_follows_the_advice(
-        novel, tmp_path, capsys):
+def test_each_character_of_ones_own_training_text_has_a_token_unless_ascii_is_asked_for(
+        novel, tmp_path, monkeypatch):
     novel.write_text("ночь " * 500 + "ééé", encoding="utf-8")  # at its end, the validation text
-    for charset, unknown in (("ascii", 4 * 450 + 3), ("auto", 0)):
-        out_dir = tmp_path / charset
-        data.prepare.main(["--source", str(novel), "--charset", charset, "--out_dir", str(out_dir)])
-        assert ("--charset auto gives each" in capsys.readouterr().out) == (unknown > 0)
-        meta, _ = open_dataset(out_dir)
+    monkeypatch.setitem(SOURCES, "known", lambda: [novel.read_text(encoding="utf-8")])
+    for source, charset, unknown in ((str(novel), None, 0), (str(novel), "ascii", 4 * 450 + 3),
+                                     ("known", None, 4 * 450 + 3), ("known", "auto", 0)):
+        meta, _ = open_dataset(prepare(source, "char", tmp_path / f"{source}-{charset}", charset))
         assert meta["unknown_characters"]["train"] == unknown
     assert meta["unknown_characters"]["val"] == 3 and meta["tokenizer"]["chars"] == " ночь"
+
+
+@pytest.mark.parametrize("n, advice", [(999, False), (1000, True)])
+def test_a_thousand_characters_are_many_and_byte_pairs_are_advised(n, advice, novel, capsys):
+    novel.write_text("".join(map(chr, range(0x4E00, 0x4E00 + n))) * 20, encoding="utf-8")
+    data.prepare.main(["--source", str(novel), "--out_dir", str(novel.parent / "set")])
+    assert ("note: 1,000 different characters" in capsys.readouterr().out) == advice
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+@pytest.mark.parametrize("n_tokens", [10, 10**5, 10**10])
+def test_the_next_commands_read_the_text_as_often_as_they_say_but_not_too_often(
+        has_gpu, n_tokens, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.chdir(PROJECT)
+    data.prepare.print_commands(Path("data/novel"), n_tokens)
+    printed = re.findall(r"(.*), (.*) readings of the text:\n    python train.py (@config/(\w+).*)",
+                         capsys.readouterr().out)
+    assert [(time, name) for time, _, _, name in printed] == list(zip(
+        ("minutes", "up to a night"),
+        ("laptop_char", "laptop_overnight") if has_gpu else ("cpu_demo", "night_cpu")))
+    for _, said, command, _ in printed:
+        network, config, _ = train.parse(command.split())
+        assert (config.dataset, config.out_dir.startswith("out/novel")) == ("data/novel", True)
+        tokens = (config.max_iters * config.batch_size * config.gradient_accumulation_steps
+                  * network.block_size)
+        assert float(said.replace(",", "")) == pytest.approx(tokens / n_tokens, abs=0.005)
+        limit = 30 if network.dropout else 10
+        assert tokens / n_tokens <= limit or config.max_iters == 1
+        assert tokens / n_tokens > 0.9 * limit or n_tokens == 10**10
 
 
 def test_names_of_data_sets_say_source_and_tokenizer(novel, monkeypatch):
@@ -101,23 +134,13 @@ def test_names_of_data_sets_say_source_and_tokenizer(novel, monkeypatch):
     assert prepare("*.md", "bpe", vocab_size=300) == Path("data/text_bpe300")
 
 
-def test_a_path_with_the_name_of_a_known_source_is_not_silently_another_text(
-        novel, fails, monkeypatch):
-    monkeypatch.chdir(novel.parent)
-    shutil.copy(novel, "sotu")
-    code, [line] = fails(data.prepare, ["--source", "sotu"])
-    assert code == 2 and "write --source ./sotu for it" in line
-    data.prepare.main(["--source", "./sotu"])
-    assert documents_of("data/sotu_text_char")["val"] == [(STORY * 50)[-160:]]
-
-
 def test_the_same_data_set_is_kept_and_any_other_is_refused(novel, tmp_path, fails):
     flags = ["--source", str(novel), "--out_dir", str(tmp_path / "set")]
     data.prepare.main(flags)
     first, written = content(tmp_path / "set"), os.stat(tmp_path / "set" / "train.bin")
     data.prepare.main(flags)
     assert os.stat(tmp_path / "set" / "train.bin") == written
-    for other, edited in ((["--charset", "auto"], ""), (["--vocab_size", "300"], ""), ([], "!")):
+    for other, edited in ((["--charset", "ascii"], ""), (["--vocab_size", "300"], ""), ([], "!")):
         novel.write_text(STORY * 50 + edited)
         code, [line] = fails(data.prepare, [*flags, *other])
         assert code == 2 and "choose another --out_dir, or delete this folder" in line

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -25,7 +26,8 @@ import data.prepare
 import eval_extrapolation
 import sample
 import train
-from tests.conftest import PROJECT, run
+from experiments import curves
+from tests.conftest import PROJECT, TINY_FLAGS, log, run
 
 CORE = [path for name in ("*.py", "common/*.py", "data/*.py") for path in PROJECT.glob(name)]
 
@@ -128,7 +130,7 @@ def test_the_demo_in_the_readme_was_made_with_the_commands_of_make_demo():
     """Each setting of its runs, defaults included, and what they were scored on."""
     published = json.loads(text_of("experiments/results/cpu_demo.json"))
     commands = dict(re.findall(r"^(\w+) = (@config.*)", text_of("Makefile"), re.M))
-    free = {"out_dir", "vocab_size", "save_interval", "compile"}
+    free = {"out_dir", "vocab_size", "save_interval", "compile", "sample_chars"}
     for one in published["runs"]:
         network, config, _ = train.parse([*shlex.split(commands[one["name"]]), "--out_dir", "none"])
         ours = {**asdict(network), **asdict(config)}
@@ -147,6 +149,33 @@ def test_the_commands_and_links_of_the_readme_and_the_files_in_config_are_right(
     for command in commands + [f"@{path}" for path in Path("config").iterdir()]:
         train.parse([*shlex.split(command), "--out_dir", "nowhere"])
     assert not [target for target in links if not Path(target).exists()]
+
+
+SCRIPTS = {"train.py": train, "sample.py": sample, "eval_extrapolation.py": eval_extrapolation,
+           "data.prepare": data.prepare, "experiments.curves": curves}
+
+
+def test_the_commands_of_a_night_work_one_after_the_other(tmp_path, monkeypatch, capsys):
+    """Of docs/night.md, with small networks. Those that choose config/night_cpu are parsed."""
+    pytest.importorskip("matplotlib")
+    night, choosing = text_of("docs/night.md").split("## How night_cpu is chosen")
+    commands = re.findall(r"^python (?:-m )?(\S+) (.*)", night, re.M)
+    monkeypatch.chdir(tmp_path)
+    Path("config").symlink_to(PROJECT / "config")
+    words = random.Random(0).choices("It was “dark”. Été – ‘old’\n".split(" "), k=6000)
+    Path("my_novel.txt").write_text(" ".join(words), encoding="utf-8")
+    small = (f"{' '.join(TINY_FLAGS)} --sample_chars 9 --no-compile --max_iters 8 "
+             "--gradient_accumulation_steps 1").split()
+    for script, given in commands:
+        longer = ["--max_iters", "12"] if "--resume" in given else small
+        SCRIPTS[script].main(shlex.split(given) + (longer if script == "train.py" else []))
+    printed = capsys.readouterr().out
+    assert len(commands) >= 9 and "step 12 of 12" in printed and "perplexity by position" in printed
+    assert Path("out/novel/losses.png").exists() and not log("out/novel")[0]["sample"].isascii()
+    planned = re.findall(r"^python train.py (.*)", choosing, re.M)
+    for command in planned:
+        train.parse(shlex.split(command))
+    assert len(planned) == 7
 
 
 def test_the_code_that_the_readme_shows_stands_in_model_py():
@@ -184,7 +213,7 @@ def test_the_example_of_contributing_is_an_encoding(tmp_path):
 
 def test_the_core_is_short():
     texts = [path.read_text(encoding="utf-8") for path in CORE]
-    assert sum(text.count("\n") for text in texts) <= 2650 and sum(map(len, texts)) <= 140_000
+    assert sum(text.count("\n") for text in texts) <= 2690 and sum(map(len, texts)) <= 140_000
     assert all(text.endswith("\n") for text in texts if text)
     assert max(len(line) for text in texts for line in text.splitlines()) <= 100
 
@@ -198,7 +227,7 @@ def imports_of(path):
 
 
 @pytest.mark.parametrize("files, allowed", [
-    ("model.py", "torch"), ("common/*.py", "common model torch numpy matplotlib fcntl"),
+    ("model.py", "torch"), ("common/*.py", "common model torch numpy matplotlib tqdm fcntl"),
     ("data/*.py", "data common model torch numpy tiktoken rustbpe"),
     ("[!m]*.py", "data common model torch numpy tqdm"),
     ("experiments/*.py", "experiments train eval_extrapolation sample data common model torch "

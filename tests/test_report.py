@@ -1,4 +1,6 @@
 """What scripts show: names, numbers, tables, JSON, colours."""
+import io
+import itertools
 import json
 import math
 import os
@@ -7,8 +9,11 @@ import sys
 
 import pytest
 
+import data.prepare
+import eval_extrapolation
 from common import report
 from common.report import format_cell, run_names
+from data import sources, tokenizer
 from tests.conftest import PROJECT
 
 
@@ -21,6 +26,33 @@ def test_a_standard_error_is_that_of_a_mean_and_a_single_value_has_none():
     assert report.mean_and_stderr([1, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3 / 4)))
     mean, stderr = report.mean_and_stderr([5])
     assert mean == 5 and math.isnan(stderr)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_long_work_shows_a_bar_on_a_terminal_alone_after_a_second(monkeypatch):
+    for stream, seconds, shown in ((Terminal(), 2, True), (Terminal(), 0, False),
+                                   (io.StringIO(), 2, False)):
+        monkeypatch.setattr("sys.stderr", stream)
+        clock = itertools.count(step=seconds)
+        monkeypatch.setattr("tqdm.std.time", lambda clock=clock: next(clock))
+        assert list(report.progress("abc", "reading", "file")) == ["a", "b", "c"]
+        assert ("reading" in stream.getvalue() and "/3" in stream.getvalue()) == shown
+
+
+def test_preparing_and_scoring_have_bars(finished_run, tmp_path, monkeypatch):
+    seen = []
+    for module in (sources, tokenizer, data.prepare, report):
+        monkeypatch.setattr(module, "progress", lambda items, what, _: seen.append(what) or items)
+    (tmp_path / "text.txt").write_text("It was a dark and stormy night. " * 50)
+    data.prepare.prepare(str(tmp_path), "bpe", tmp_path / "set", vocab_size=260)
+    assert seen == ["reading", "learning byte pairs", "encoding train.bin", "encoding val.bin"]
+    seen.clear()
+    eval_extrapolation.main([finished_run, "--windows", "2", "--max_factor", "2"])
+    assert seen == ["scoring", "last L tokens", "full context"]
 
 
 def test_cells_have_an_error_if_there_is_one_and_columns_are_aligned(capsys):

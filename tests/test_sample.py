@@ -28,6 +28,14 @@ def test_texts_follow_the_seed_and_several_samples_differ(sampled):
     assert first == texts[0] != second
 
 
+def test_a_run_is_named_with_and_without_out_dir_and_help_shows_the_default_start(
+        finished_run, sampled, capsys):
+    text = sampled("--max_new_tokens", "9")
+    sample.main([finished_run, "--max_new_tokens", "9"])
+    assert capsys.readouterr().out.startswith(text)
+    assert r"(default: '\n')" in " ".join(sample.make_parser().format_help().split())
+
+
 @pytest.mark.parametrize("given, new, factor", [("auto", 57, 4), ("auto", 3, 1), ("2", 57, 2)])
 def test_one_factor_scales_the_whole_text(sampled, monkeypatch, given, new, factor):
     used = []

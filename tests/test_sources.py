@@ -135,16 +135,6 @@ def test_a_book_of_project_gutenberg_has_no_licence(tmp_path):
     assert not any("licence" in text for text in texts)
 
 
-def test_a_long_last_paragraph_is_kept_once_and_copies_are_left_out_whole(tmp_path):
-    licence, chorus = "The licence. " * 100, "La la la. " * 100  # the latter has 1,000 characters
-    for name, text in (("a", f"One.\n\n{licence}"), ("b", f"Two.\n\n{licence}\n"),
-                       ("c", f"Two.\n\n{licence}\n"), ("d", f"One.\n\n{licence}"),
-                       ("e", f"Three.\n\n{chorus}"), ("f", f"Four.\n\n{chorus}")):
-        (tmp_path / name).write_text(text)
-    assert read_source([str(tmp_path)]) == [
-        (f"One.\n\n{licence}",), ("Two.",), (f"Three.\n\n{chorus}",), (f"Four.\n\n{chorus}",)]
-
-
 def test_endoftext_is_the_border_between_documents(tmp_path):
     (tmp_path / "stories.txt").write_text("One.\n<|endoftext|>\nTwo.<|endoftext|><|endoftext|>\n")
     assert read_source([str(tmp_path / "stories.txt")]) == [("One.\n",), ("\nTwo.",)]

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import time
@@ -31,6 +32,7 @@ from tests.conftest import (
     TINY_FLAGS,
     assert_same_run,
     assert_same_weights,
+    byte_tokenizer,
     continued,
     log,
     processes,
@@ -247,6 +249,78 @@ def test_a_log_line_has_the_mean_training_loss_since_the_line_before(dataset, tm
         assert line["lr"] > 0 and line["grad_norm"] > 0
 
 
+def test_samples_are_logged_and_printed_and_change_no_bit_of_the_run(dataset, tmp_path, capsys):
+    given = ["--max_iters", "10", "--dropout", "0.3"]
+    silent = run(dataset, tmp_path / "silent", *given)
+    assert not any("sample" in line for line in log(tmp_path / "silent"))
+    capsys.readouterr()
+    torch.manual_seed(5)
+    assert_same_weights(silent, run(dataset, tmp_path / "talking", *given, "--sample_chars", "30"))
+    printed = capsys.readouterr().out.splitlines()
+    for line in log(tmp_path / "talking"):
+        assert len(line["sample"]) == 30
+        at = next(i for i, text in enumerate(printed) if text.startswith(f"step {line['iter']} of"))
+        assert printed[at + 1] == f"    {line['sample']!r}"
+    one = new_run(dataset, tmp_path / "new", "--dropout", "0.5", "--sample_chars", "4")
+    torch.manual_seed(7)
+    one.sample()
+    assert torch.initial_seed() == 7 and one.model.training
+
+
+def test_a_sample_of_byte_pairs_is_cut_to_its_characters(dataset, tmp_path, monkeypatch):
+    one = new_run(dataset, tmp_path, "--sample_chars", "3")
+    one.tokenizer, idx = byte_tokenizer(), []
+    monkeypatch.setattr(GPT, "generate", lambda self, start, n, temperature: (
+        idx.append(start.tolist()) or torch.tensor([[10, *"añb".encode()]])))
+    assert one.sample() == "añb" and idx == [[[10]]]
+
+
+@pytest.mark.parametrize("given, readings, advice", [
+    ("--max_iters 1", "0.00", None), ("--max_iters {10}", "10.00", None),
+    ("--max_iters {11}", "11.00", "--dropout 0.2, fewer"),
+    ("--max_iters {30} --dropout 0.1", "30.00", None),
+    ("--max_iters {31} --dropout 0.1", "31.00", "try fewer")])
+def test_the_number_of_readings_is_printed_with_a_warning_if_it_is_large(
+        dataset, tmp_path, capsys, given, readings, advice):
+    n = len(open_dataset(dataset)[1]["train"])
+    given = re.sub(r"{(\d+)}", lambda times: str(int(times[1]) * n // 64), given).split()
+    train.describe(new_run(dataset, tmp_path, *given), None)
+    printed = capsys.readouterr().out
+    assert f" {readings} readings of the text" in printed
+    assert ("overfitting" in printed) == bool(advice) and (advice or "") in printed
+
+
+def test_a_run_whose_training_loss_alone_falls_is_told_once_after_three_evaluations(
+        dataset, tmp_path, capsys, monkeypatch):
+    losses, forward = [4.0, 3.0, 3.1, 3.2, 3.3, 3.4, 3.5], GPT.forward
+
+    def known(self, *args):
+        logits, loss = forward(self, *args)
+        return logits, loss if self.training else torch.tensor(losses.pop(0))
+
+    monkeypatch.setattr(GPT, "forward", known)
+    run(dataset, tmp_path, "--eval_iters", "1", "--max_iters", "30", "--learning_rate", "1e-2")
+    [note] = [text for text in capsys.readouterr().out.split("\nstep ") if "overfitting:" in text]
+    assert note.startswith("20 of 30") and "since step 5, whose weights best.pt" in note
+
+
+def test_lines_have_the_time_left_and_the_last_ones_name_what_can_be_done(
+        dataset, tmp_path, capsys, monkeypatch):
+    """A step takes 25 seconds of a clock."""
+    clock, draw = [1000.0], train.training_batch
+    monkeypatch.setattr(train, "training_batch", lambda *args: (
+        clock.insert(0, clock[0] + 25), draw(*args))[1])
+    monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    run(dataset, tmp_path, "--max_iters", "15")
+    printed = capsys.readouterr().out.splitlines()
+    lines = [text.partition(": ")[0] for text in printed if text.startswith("step")]
+    assert lines == ["step 0 of 15, 00:00", "step 5 of 15, 02:05, 04:10 left",
+                     "step 10 of 15, 04:10, 02:05 left", "step 15 of 15, 06:15, 00:00 left"]
+    assert [text.split(":  ")[1].strip() for text in printed[-3:]] == [
+        f"python eval_extrapolation.py {tmp_path}", f"python sample.py {tmp_path}",
+        f"python -m experiments.curves {tmp_path} --plot {tmp_path}/losses.png"]
+
+
 def test_a_reader_that_leaves_ends_the_run_with_an_exit_code_after_its_step_is_saved(
         dataset, tmp_path, monkeypatch, at_batch, fails):
     reader, writer = os.pipe()
@@ -404,7 +478,7 @@ def test_killed_two_hundred_times(dataset, tmp_path):
 def test_ten_steps_resumed_for_ten_more_are_a_run_of_twenty(finished_run, dataset, tmp_path, flags):
     """float16 is the path of GPUs without bfloat16: the same code, gradient scaler included."""
     flags = [finished_run if flag == "RUN" else flag for flag in flags.split()]
-    flags += ["--dropout", "0.2", "--lr_decay_iters", "20"]
+    flags += ["--dropout", "0.2", "--lr_decay_iters", "20", "--sample_chars", "9"]
     whole = run(dataset, tmp_path / "whole", *flags, "--max_iters", "20")
     run(dataset, tmp_path / "parts", *flags, "--max_iters", "10")
     resumed(tmp_path / "parts", "--max_iters", "20")
@@ -425,7 +499,7 @@ def test_a_run_can_continue_where_auto_means_another_number_format(dataset, tmp_
 
 def test_a_resumed_run_refuses_to_compute_something_else(finished_run, fails):
     free = ("vocab_size attn_scaling resume out_dir dataset max_iters device compile eval_interval "
-            "eval_iters log_interval save_minutes keep_every").split()
+            "eval_iters log_interval sample_chars save_minutes keep_every").split()
     others = {"pe": "rope", "local_pe": "rope", "optimizer": "adamw", "dtype": "bfloat16",
               "rope_scaling": "pi", "window_pattern": "SL", "init_from": "elsewhere"}
     for name, value in load_checkpoint(Path(finished_run, "ckpt.pt"))["args"].items():

@@ -83,7 +83,8 @@ def check(name, changes, device):
 def speed(name, *changes, steps=10):
     """Train with config/NAME, and other flags, on random tokens, not compiled and compiled."""
     config_file = Path(__file__).resolve().parent.parent / "config" / name
-    network, config, _ = parse([f"@{config_file}", "--out_dir", "out/speed", *changes])
+    network, config, _ = parse([f"@{config_file}", "--out_dir", "out/speed", "--sample_chars", "0",
+                                *changes])
     network = replace(network, vocab_size=8192 if "bpe8192" in config.dataset else 98)
     device = Device(config, training_width=network.n_embd)
     ids = {"train": torch.randint(network.vocab_size, (10**6,)).short().to(device.torch_device)}

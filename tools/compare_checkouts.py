@@ -59,7 +59,7 @@ def fingerprint(checkout, folder, checkpoints):
     for kind in ("char", "bpe"):
         path = folder / kind
         run(checkout, "-m", "data.prepare", "--source", str(folder / "text"), "--out_dir",
-            str(path), "--tokenizer", kind, "--vocab_size", "400")
+            str(path), "--tokenizer", kind, "--vocab_size", "400", "--charset", "ascii")
         for file in sorted(path.glob("*.*")):
             if file.name != "meta.json":
                 found[f"data set {kind}/{file.name}"] = sha256(file.read_bytes())
