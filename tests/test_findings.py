@@ -1,42 +1,52 @@
 """
-The numbers of README.md and experiments/FINDINGS.md against the JSON files that they come from.
+The numbers of README.md and of the pages in experiments/ against the JSON files they come from.
 
-A table with measured numbers has a comment of HTML above it, with one line for each of its rows:
+experiments/results/tables.json has, for each page, a line for each row of a table and each
+paragraph or item of a list that shows measured numbers, in the order of the page:
 
-    <!-- numbers
-    study.json > groups > name=rope > loss ± loss_std; study.json > groups > name=rope > buckets > 0
-    -->
-    | | loss | [0, 128) |
-    |---|---|---|
-    | RoPE | 1.274 ± 0.006 | 3.81 |
+    "study.json > groups > name=rope > val_loss ± val_loss_std; effects.json > nll > 0 > mean > 2"
 
-A path starts with a file of experiments/results/. Its steps are keys of a dict, indices of a list,
-key=value for the entry of a list that has this value, or * for all entries. "a ± b" as the last
-step is both. A line with {} is a pattern for the lines below it, which say what stands there. A row
-without measured numbers has the line "-".
+A path starts with a file of experiments/results/. Its steps are keys of a dict, indices of a
+list, key=value for the entry of a list that has this value, or * for all entries. "a ± b" as the
+last step is both. A line with {} is a pattern for the lines below it, which say what stands there;
+it stands for no row itself. A number in place of a path is a setting, not measured.
 
-Measured numbers are those with a decimal point, but not 2410.21216, a paper, or p of 0.75-RoPE.
+Measured numbers are those with a decimal point, and percentages, which are 100 times the value. Not
+measured are 2410.21216, a paper, or p of 0.75-RoPE.
 """
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import train
+from model import GPT, PE, GPTConfig, rotate
 
 PROJECT = Path(__file__).parents[1]
-RESULTS = PROJECT / "experiments" / "results"
-FINDINGS, README = PROJECT / "experiments" / "FINDINGS.md", PROJECT / "experiments" / "README.md"
-PAGES = [PROJECT / "README.md", FINDINGS, FINDINGS.with_name("RULES.md")]
-MEASURED = re.compile(r"(?<![\w.])-?\d+\.\d+(?![\d.])(?!-RoPE)")
+EXPERIMENTS = PROJECT / "experiments"
+RESULTS = EXPERIMENTS / "results"
+TABLES = json.loads((RESULTS / "tables.json").read_text(encoding="utf-8"))
+MEASURED = re.compile(r"(?<![\w.])-?\d+\.\d+(?!\.?\d)(?!-RoPE)(?: %)?|(?<![\w.,])\d+ %")
 PAPER_OR_LINK = re.compile(r"\b\d{4}\.\d{5}\b|\]\([^)]*\)")
-COMMENT_AND_TABLE = re.compile(
-    r"(?:<!-- numbers\n((?:(?!-->).*\n)*)-->\n+)?((?:^\|.*\n?)+)", re.MULTILINE)
+WORDS = {"README.md": 1100, "experiments/FINDINGS.md": 1300, "experiments/README.md": 700}
 
 
-def prose(path):
-    """A page without its blocks of code."""
-    text = path.read_text(encoding="utf-8")
-    return re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
+def prose(page):
+    """A page without its blocks of code and comments."""
+    text = (PROJECT / page).read_text(encoding="utf-8")
+    text = re.sub(r"^( *)```.*?^\1```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+
+
+def units(text):
+    """Yield the numbers of each row, paragraph or item that shows some, with its text."""
+    text = re.sub(r"\n(?!\n|\||#| *(?:-|\d+\.) )", " ", text)  # a paragraph or an item is a line
+    for line in text.splitlines():
+        if numbers := MEASURED.findall(PAPER_OR_LINK.sub("", line)):
+            yield numbers, line
 
 
 def entries(value, step):
@@ -46,17 +56,20 @@ def entries(value, step):
     if " ± " in step:
         return [value[key] for key in step.split(" ± ")]
     if "=" in step:
-        key, wanted = step.split("=")
+        key, wanted = step.split("=", 1)
         return [next(entry for entry in value if str(entry[key]) == wanted)]
     return [value[int(i)] for i in step.split(",")] if isinstance(value, list) else [value[step]]
 
 
 def values_of(line):
-    """A line of a comment -> the values that its paths lead to, in this order. Raises LookupError
-    or StopIteration."""
+    """A line -> the values that its paths lead to, in this order. Raises LookupError or
+    StopIteration."""
     found = []
-    for path in line.split(";"):
-        name, *steps = path.strip().split(" > ")
+    for path in line.split("; "):
+        if ".json" not in path:
+            found.append(float(path))
+            continue
+        name, *steps = path.split(" > ")
         values = [json.loads((RESULTS / name).read_text(encoding="utf-8"))]
         for step in steps:
             values = [entry for value in values for entry in entries(value, step)]
@@ -64,65 +77,116 @@ def values_of(line):
     return found
 
 
-def values_by_row(lines):
+def expected(lines):
+    """The lines of a page in tables.json -> yield the values of each row or paragraph."""
     pattern = "{}"
     for line in lines:
         if "{}" in line:
             pattern = line
         else:
-            line = line if ".json" in line else pattern.replace("{}", line)
-            yield values_of(line.strip("; ")) if ".json" in line else []
+            own = ".json" in line or re.fullmatch(r"[\d.; ]+", line)
+            yield values_of(line if own else pattern.replace("{}", line))
 
 
 def is_rounded(text, value):
     """Within half a unit of the last digit; the file's numbers are rounded, too."""
-    return abs(float(text) - value) <= 0.5 * 10 ** -len(text.split(".")[1]) + 1e-4 * abs(value)
+    number = text.removesuffix(" %")
+    value = value if number == text else 100 * value
+    digits = len(number.partition(".")[2])
+    return abs(float(number) - value) <= 0.5 * 10 ** -digits + 1e-4 * abs(value)
 
 
-def wrong_numbers(text):
-    """Yield what is wrong with the tables of a page, in words."""
-    for comment, table in COMMENT_AND_TABLE.findall(text):
-        rows = table.splitlines()[2:]
-        if not comment and any(re.search(r"\| -?\d+\.\d", row) for row in rows):
-            yield f"no comment names the numbers of the table that begins with {rows[0]}"
-        if comment:
-            for row, values in zip(rows, values_by_row(comment.splitlines()), strict=True):
-                shown = MEASURED.findall(PAPER_OR_LINK.sub("", row))
-                if len(shown) != len(values) or not all(map(is_rounded, shown, values)):
-                    yield f"{row} has the numbers {shown}, its files {values}"
+def wrong_numbers(text, lines):
+    """Yield what is wrong with the numbers of a page, in words."""
+    shown, values = list(units(text)), list(expected(lines))
+    for (numbers, line), its in zip(shown, values):
+        if len(numbers) != len(its) or not all(map(is_rounded, numbers, its)):
+            yield f"{line} has the numbers {numbers}, its files {its}"
+    if len(shown) != len(values):
+        yield f"{len(shown)} rows and paragraphs have numbers, tables.json has {len(values)}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_numbers_of_the_tables_are_those_of_the_json_files(page):
-    assert list(wrong_numbers(prose(page))) == []
+@pytest.mark.parametrize("page", TABLES)
+def test_numbers_of_a_page_are_those_of_the_json_files(page):
+    assert list(wrong_numbers(prose(page), TABLES[page])) == []
+
+
+def test_pages_with_results_are_checked():
+    pages = {"README.md", *(f"experiments/{path.name}" for path in EXPERIMENTS.glob("*.md"))}
+    assert pages - {"experiments/README.md"} == set(TABLES)
 
 
 def test_a_wrong_number_is_found():
-    value, = values_of("study.json > groups > name=rope > buckets > 0 > ppl")
+    lines = ["biases.json > groups > name={} > buckets > 0 > ppl",
+             "rope bias False qkv_bias False"]
+    value, = values_of(lines[0].replace("{}", lines[1]))
     table = "| | [0, L) |\n|---|---|\n| RoPE, 16 L, 0.75-RoPE, 2410.21216 | {:.2f} |\n"
-    comment = "<!-- numbers\nstudy.json > groups > name={} > buckets > 0 > ppl\nrope\n-->\n"
-    assert not list(wrong_numbers(comment + table.format(value)))
-    assert len(list(wrong_numbers(comment + table.format(value + 0.01)))) == 1
-    assert len(list(wrong_numbers(table.format(value)))) == 1  # without a comment
+    text = "In the text it is\n{:.2f}.\n- Or {:.0f} % of one.\n"
+    assert not list(wrong_numbers(table.format(value), lines))
+    assert not list(wrong_numbers(text.format(value, 100 * value), lines + lines[1:]))
+    assert len(list(wrong_numbers(table.format(value + 0.01), lines))) == 1
+    assert len(list(wrong_numbers(text.format(value, 100 * value + 1), lines + lines[1:]))) == 1
+    assert len(list(wrong_numbers(table.format(value), []))) == 1
 
 
-def test_pages_about_experiments_are_short():
-    for path, most in ((FINDINGS, 2600), (README, 700)):
-        text = re.sub(r"<!--.*?-->", "", prose(path), flags=re.DOTALL)
-        assert len(re.findall(r"\S*\w\S*", text)) <= most, path.name
+def test_the_seed_of_the_demo_is_that_of_the_rule():
+    """RULES.md: the one whose ratio RoPE / HoPE in [2 L, 4 L), without biases, is the median."""
+    losses = {(run["pe"], run["seed"]): run["buckets"][2]["nll"] for run in json.loads(
+        (RESULTS / "biases.json").read_text(encoding="utf-8"))["runs"]
+        if run["attn_scaling"] == "none" and not run["config"]["qkv_bias"]}
+    by_ratio = sorted(range(1, 6), key=lambda seed: losses["rope", seed] - losses["hope", seed])
+    _, config, _ = train.parse([f"@{PROJECT}/config/cpu_demo"])
+    assert config.seed == by_ratio[2]
 
 
-def test_results_that_are_kept_are_named_somewhere():
-    pages = [*PAGES, README, *RESULTS.glob("*.md"), *(PROJECT / "config").iterdir()]
-    text = "".join(path.read_text(encoding="utf-8") for path in pages)
+@pytest.mark.parametrize("page", WORDS)
+def test_pages_are_short(page):
+    text = PAPER_OR_LINK.sub("]", prose(page))
+    assert len(re.findall(r"[A-Za-z][\w'-]*", text)) <= WORDS[page]
+
+
+def test_results_that_are_kept_are_shown_somewhere():
+    pages = [*map(PROJECT.joinpath, TABLES), EXPERIMENTS / "README.md", EXPERIMENTS / "bench.py",
+             *(PROJECT / "docs").glob("*.html"), *(PROJECT / "config").iterdir()]
+    text = "".join(path.read_text(encoding="utf-8") for path in pages) + json.dumps(TABLES)
     kept = [path.name for path in RESULTS.iterdir() if path.suffix in (".json", ".png")]
-    # bench.py's docstring names those of bench.py
-    assert [name for name in kept if name not in text and not name.startswith("bench_")] == []
+    assert [name for name in kept
+            if name not in text and name != "tables.json" and not name.startswith("bench_")] == []
 
 
-def test_commands_that_results_name_do_not_rely_on_the_head_of_a_config():
-    """The heads of config/cpu_demo have changed since some runs were made."""
-    for path in RESULTS.glob("*.json"):
-        command = json.loads(path.read_text(encoding="utf-8"))["command"]
-        own = "--n_head" in command and "--rope_base" in command
-        assert own or "@config/" not in command, (path.name, command)
+# --- claims of PAPERS.md that hold by construction
+
+
+def logits_by_distance(q, k, theta):
+    """q and k (N, D), theta (K,) -> q . R(distance) k (N, 128) for distances 0 to 127."""
+    angle = torch.arange(128)[:, None] * theta
+    rotated = rotate(k[:, None].expand(-1, 128, -1), angle.cos(), angle.sin())
+    return torch.einsum("nd,ntd->nt", q, rotated)
+
+
+def test_logits_of_gaussian_vectors_do_not_decay_and_a_key_can_peak_at_any_distance():
+    theta = PE["rope"](GPTConfig(n_head=2, n_embd=128, rope_base=100)).theta
+    generator = torch.Generator().manual_seed(1)
+    q, k = torch.randn(2, 4000, 64, generator=generator)
+    logits = logits_by_distance(q, k, theta)
+    assert logits.mean(0).abs().max() < 4.5 * math.sqrt(64 / 4000)  # standard errors
+    for distance in (0, 1, 40, 127):
+        angle = torch.tensor([-distance])[:, None] * theta
+        key = rotate(q[:4, None], angle.cos(), angle.sin())[:, 0]
+        assert logits_by_distance(q[:4], key, theta).argmax(1).tolist() == [distance] * 4
+
+
+def test_a_head_without_encoding_weighs_equal_tokens_equally():
+    """So it cannot point to the previous token, whatever it learns."""
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(block_size=32, vocab_size=8, n_layer=1, n_head=1, n_embd=16, pe="nope"))
+    logits = model(torch.full((1, 32), 3), torch.zeros(1, 32, dtype=torch.long))[0][0]
+    assert torch.allclose(logits, logits[:1].expand_as(logits), atol=1e-5)
+
+
+@pytest.mark.parametrize("pe, falls", [("rope", True), ("hope", False)])
+def test_of_equal_vectors_the_logit_of_rope_falls_with_distance_and_that_of_hope_does_not(
+        pe, falls):
+    config = GPTConfig(block_size=128, n_head=2, n_embd=128, rope_base=10000, pe=pe)
+    logits = logits_by_distance(*torch.ones(2, 1, 64), PE[pe](config).theta)[0]
+    assert (logits[64:].mean() < 0.8 * logits[16:32].mean()) == falls
