@@ -122,7 +122,7 @@ def test_keys_and_buttons_walk_through_the_steps(page):
     for i in range(1, 8):
         assert page.run("s.step") == i
         words = page.text("text").split()
-        assert len(words) <= 66 and page.text("title") and page.text("reading"), len(words)
+        assert len(words) <= 60 and page.text("title") and page.text("reading"), len(words)
         assert page.run("$('picture').children.length") > 0
         page.key("title", "ArrowRight") if i % 2 else page.click("next")
     page.key("m", "ArrowLeft")  # moves the slider
