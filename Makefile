@@ -26,9 +26,10 @@ windows = @config/cpu_windows
 demo: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 trainings
 	$(RUN) eval_extrapolation.py $(DEMO:%=out/demo/%) --json out/demo/results.json --plot out/demo/results.png
-	$(RUN) -m experiments.page $(DEMO:%=out/demo/%) --html out/demo/page.html
+	$(RUN) -m experiments.page $(DEMO:%=out/demo/%) --html out/demo/page.html \
+	    --names RoPE HoPE "RoPE, QKV biases" "RoPE in windows"
 	@echo "the tables: out/demo/results.json; the picture: out/demo/results.png; a text as the models read it:"
-	@echo "out/demo/page.html; the idea to play with: docs/index.html"
+	@echo "out/demo/page.html; the idea in six steps: docs/index.html"
 
 # Two trainings of one thread each are done sooner than one of two threads after the other. Each line gets the name of
 # its run. A finished training is not repeated, an interrupted one continues: delete out/demo to start over.

@@ -1,13 +1,13 @@
 """
 Where does a model lose the thread? A page that shows one passage, each token coloured by its loss.
 
-    python -m experiments.page out/demo/rope out/demo/hope --html out/demo/page.html
+    python -m experiments.page out/demo/rope out/demo/hope --names RoPE HoPE --html out/page.html
 
-The passage is one of the windows that eval_extrapolation.py scores: the one whose losses are
+The passage is one of --windows windows, each from the start of a line: the one whose losses are
 closest to their mean, so that nobody picks it. page.html says what can be seen. It is copied with
 the data as JSON in place of the word DATA:
 
-    {"L", "source", "windows", "vocab": [text, ...], "tokens",
+    {"root": path of the project, "L", "source", "windows", "vocab": [text, ...], "tokens",
      "runs": [{"name", "mean", "full": PART, "local": PART}, ...]}     PART: {"loss", "top", "p"}
 
 full is given the full context; local holds the same from position L on, given the last L tokens.
@@ -19,6 +19,7 @@ one byte if i is below 93, which most are.
 """
 import json
 import math
+import os
 import unicodedata
 from pathlib import Path
 
@@ -33,8 +34,18 @@ from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges, score, score_local
 
 TEMPLATE = Path(__file__).with_suffix(".html")
+PROJECT = Path(__file__).parents[1]
 
 # --- What is shown ------------------------------------------------------------------------------
+
+
+def windows_from_lines(ids, tokenizer, length, margin, n_windows):
+    """Windows (N, length + 1) that begin at a line if one begins within the first margin tokens."""
+    windows = document_windows(ids, tokenizer.end_of_document, length + margin, n_windows)
+    ends = [id for id in windows.unique().tolist() if tokenizer.decode_bytes([id])[-1:] == b"\n"]
+    new_line = torch.isin(windows[:, :margin], torch.tensor(ends, dtype=torch.int64))
+    first = torch.where(new_line.any(1), new_line.int().argmax(1) + 1, 0).tolist()
+    return torch.stack([window[i:i + length + 1] for window, i in zip(windows, first)])
 
 
 def closest_to_mean(losses, edges):
@@ -84,7 +95,7 @@ def make_page(args, checkpoints, names, device):
                          " a page shows runs of one trained context")
     ids, source, _, tokenizer = text_to_score(checkpoints, names, args.dataset, args.text)
     edges = bucket_edges(*contexts, args.max_factor)
-    windows = document_windows(ids, tokenizer.end_of_document, edges[-1], args.windows)
+    windows = windows_from_lines(ids, tokenizer, edges[-1], edges[1], args.windows)
     windows = windows.to(device.torch_device)
     models = [load_model(checkpoint).to(device.torch_device) for checkpoint in checkpoints]
     with device.autocast():
@@ -93,7 +104,8 @@ def make_page(args, checkpoints, names, device):
         runs = [describe(name, model, own, windows[at], at, edges)
                 for name, model, own in zip(names, models, losses)]
     vocab, tokens = number_tokens(windows[at].cpu(), runs)
-    return {"L": edges[1], "source": str(source), "windows": len(windows), "vocab": [
+    root = os.path.relpath(PROJECT, Path(args.html).parent).replace(os.sep, "/")
+    return {"root": root, "L": edges[1], "source": str(source), "windows": len(windows), "vocab": [
         tokenizer.decode_bytes([token]).decode(errors="backslashreplace") for token in vocab],
         "tokens": tokens, "runs": runs}
 
@@ -139,6 +151,7 @@ def main(argv=None):
     parser = flags.ArgumentParser("Write a page that shows a passage as several runs read it.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs, or checkpoints")
+    add("--names", nargs="+", help="names of the runs; default: of their folders")
     add("--html", metavar="FILE.html", required=True, help="write the page to this file")
     add_text_flags(parser)
     add("--max_factor", type=flags.positive, default=8,
@@ -146,7 +159,10 @@ def main(argv=None):
     add("--windows", type=flags.positive, default=32, help="windows to choose the passage from")
     flags.add_flags(parser, DeviceConfig)
     args = parser.parse_args(argv)
-    checkpoints, names = [load_checkpoint(path) for path in args.runs], run_names(args.runs)
+    checkpoints, names = [load_checkpoint(path) for path in args.runs], args.names
+    if len(names or args.runs) != len(args.runs):
+        raise ValueError(f"{len(args.runs)} runs need as many --names, not {len(names)}")
+    names = names or run_names(args.runs)
     data = make_page(args, checkpoints, names, Device(DeviceConfig(args.device, args.dtype)))
     page = fill_template(data).encode()
     Path(args.html).parent.mkdir(parents=True, exist_ok=True)

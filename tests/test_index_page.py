@@ -1,4 +1,4 @@
-"""docs/index.html: its mathematics is that of model.py, and no control breaks it."""
+"""docs/index.html: its mathematics is model.py's, its numbers are measured, nothing breaks it."""
 import math
 import random
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import PE, GPTConfig, rotate
+from model import GPT, PE, GPTConfig, rotate
 from tests.page_stub import Page
+from tools.index_numbers import learned, numbers
 
 HTML = (Path(__file__).parent.parent / "docs" / "index.html").read_text(encoding="utf-8")
 NAMES = "rope", "prope", "hope", "nope"
@@ -19,11 +20,11 @@ def page():
     return Page(HTML)
 
 
-def random_settings(generator, L=(5, 9), D=(3, 9)):
+def random_settings(generator):
     draw = generator.uniform
-    return {"pe": generator.choice(NAMES), "L": 2 ** generator.randint(*L), "D": 2 ** generator.
-            randint(*D), "base": round(10 ** draw(1, 6), 1), "c": 2 ** draw(-2, 6),
-            "p": round(draw(0, 1), 2)}
+    return {"pe": generator.choice(NAMES), "L": 2 ** generator.randint(5, 9), "D": 2 ** generator.
+            randint(3, 9), "base": round(10 ** draw(1, 6), 1), "c": 2 ** draw(-2, 6),
+            "p": round(draw(0, 1), 2), "sharp": round(draw(1, 32), 1), "key": 3, "bias": 0}
 
 
 def call(page, code, **values):
@@ -31,117 +32,144 @@ def call(page, code, **values):
     return page.run(f"(() => {{ const s = {values}, r = rotation(s); return {code}; }})()")
 
 
-def sums_of_model(s):
-    """Settings -> theta (K,), and the logits of a query and equal keys by distance (16 L + 1,)."""
+def logits_of_model(s, angles):
+    """Settings, angle of the key's arrow in each pair -> theta (K,), logits by distance to 4 L."""
     encoding = PE[s["pe"]](GPTConfig(
         pe=s["pe"], n_embd=s["D"], n_head=1, block_size=s["L"], rope_base=s["base"],
         hope_cutoff=s["c"], prope_fraction=s["p"]))
-    same = torch.ones(1, 1, 16 * s["L"] + 1, s["D"])
-    rotary = encoding.rotary(torch.arange(16 * s["L"] + 1))
-    keys = same if rotary is None else rotate(same, *rotary)
-    return getattr(encoding, "theta", torch.empty(0)), (keys @ keys[0, 0, 0] / s["D"])[0, 0]
+    queries = torch.cat((torch.ones(s["D"] // 2), torch.zeros(s["D"] // 2)))
+    queries = queries.expand(1, 1, 4 * s["L"] + 1, -1)  # arrows of length 1, all at angle 0
+    rotary = encoding.rotary(torch.arange(4 * s["L"] + 1))
+    queries = queries if rotary is None else rotate(queries, *rotary)
+    key = torch.cat((torch.cos(angles), torch.sin(angles))).float()
+    theta = getattr(encoding, "theta", torch.empty(0))
+    return theta, (queries @ key)[0, 0] * s["sharp"] / len(angles)
 
 
-def test_pairs_frequencies_and_sums_are_those_of_the_model(page):
+def test_pairs_frequencies_and_logits_are_those_of_the_model(page):
     generator = random.Random(0)
-    for _ in range(200):
+    for _ in range(40):
         s = random_settings(generator)
-        theta, sums = sums_of_model(s)
-        P, found_theta, found_sums = call(page, "[r.P, r.theta, [...sumByDistance(r)]]", **s)
-        assert (len(found_theta), P) == (len(theta), s["D"] // 2), s
-        torch.testing.assert_close(torch.tensor(found_theta, dtype=double), theta.double(),
+        P, K, theta, A, B, phi = call(
+            page, "[r.P, r.K, r.theta, [...logits(r).A], [...logits(r).B], "
+            "r.theta.map((_, j) => angleOfB(j, 3))]", **s)
+        for found, angles in ((A, torch.zeros(P)), (B, -torch.tensor(phi, dtype=double))):
+            expected_theta, expected = logits_of_model(s, angles)
+            torch.testing.assert_close(torch.tensor(found, dtype=double), expected.double(),
+                                       rtol=0, atol=2e-3 * s["sharp"])  # float32 angles there
+        assert (K, P) == (len(expected_theta), s["D"] // 2) and not any(theta[K:]), s
+        torch.testing.assert_close(torch.tensor(theta[:K], dtype=double), expected_theta.double(),
                                    rtol=1e-6, atol=0)
-        torch.testing.assert_close(torch.tensor(found_sums, dtype=double), sums.double(),
-                                   rtol=0, atol=1e-3)  # float32 angles of 8192 radians
 
 
-def test_what_is_new_follows_from_the_definitions(page):
-    """Brute force over all pairs of a distance and a trained distance."""
+def test_an_angle_is_new_if_no_trained_distance_has_it(page):
     generator, seen = random.Random(1), set()
     for _ in range(40):
-        s = random_settings(generator, L=(5, 6), D=(3, 5))
+        s = random_settings(generator)
         theta = torch.tensor(call(page, "r.theta", **s), dtype=double)
-        angle = torch.arange(16 * s["L"] + 1)[:, None] * theta  # (16 L + 1, K)
-        new_angle = ((theta * s["L"] < 2 * math.pi)
-                     & (angle % (2 * math.pi) > theta * s["L"])).any(1)
-        turns = (angle[:, None] - angle[:s["L"] + 1]) / (2 * math.pi)  # (16 L + 1, L + 1, K)
-        zero = torch.zeros(*turns.shape[:2], 1)  # there may be no pair
-        gap = 360 * torch.cat(((turns - turns.round()).abs(), zero), dim=-1).amax(-1)
-        new_combination = gap.amin(1) > 45
-        likes = [0, s["L"], 5 * s["L"], 16 * s["L"]]
-        found = call(page, f"({{...findNew(r), like: {likes}.map(m => mostSimilar(r, m)[1])}})",
-                     **s)
-        for name, new in (("angles", new_angle), ("combinations", new_combination)):
-            assert list(found[name].values()) == new.int().tolist(), s
-            share = found["new" + name.capitalize()]
-            assert share == pytest.approx(new[s["L"] + 1:].double().mean().item()), s
-            seen.add((name, 0 < share < 1))
-        assert found["like"] == pytest.approx(gap[likes].amin(1).tolist(), abs=1e-6), s
-    assert len(seen) == 4  # none, all and some of the distances were met
+        distances = torch.tensor([0, 1, s["L"] // 2, s["L"], *range(s["L"] + 1, 4 * s["L"], 7)])
+        angles = distances[:, None] * theta % (2 * math.pi)
+        new = ((theta * s["L"] < 2 * math.pi) & (angles > theta * s["L"])).sum(1).tolist()
+        assert call(page, f"{distances.tolist()}.map(m => countNew(r, m))", **s) == new, s
+        seen.update(new)
+    assert len(seen) > 10
 
 
-@pytest.mark.parametrize("logn", [0, 1])
-def test_attention_is_the_softmax_with_and_without_logn(page, logn):
-    s = {"pe": "hope", "L": 64, "D": 16, "base": 1e3, "c": 1, "p": 1, "sharp": 11, "logn": logn}
-    sums = sums_of_model(s)[1]
-    for n in (1, 4, 5, 64, 65, 700):
-        scale = 11 * (max(1, math.log(n) / math.log(64)) if logn else 1)
-        weights = (scale * sums[:n]).softmax(0)
-        found = call(page, f"attention(s, sumByDistance(r), {n})", **s)
-        assert list(found["weights"].values()) == pytest.approx(weights.tolist(), rel=1e-2)
-        shares = [weights[a:b].sum().item() for a, b in ((0, 4), (4, 64), (64, n))]
-        assert found["shares"] == pytest.approx(shares, abs=1e-3)
+@pytest.mark.parametrize("logn, bias", [(0, 0), (1, 0), (0, 1), (1, 1)])
+def test_shares_of_the_attention_are_those_of_a_softmax(page, logn, bias):
+    """Other keys have the mean of e^logit over all angles, a Bessel function for each pair."""
+    s = page.run("s") | {"pe": "hope", "logn": logn, "bias": bias}
+    A = torch.tensor(call(page, "[...logits(r).A]", **s))
+    octaves = torch.tensor(page.run("MEASURED.biases.hope")) * bias
+    for n in (3, 128, 129, 1000):
+        scale = max(1, math.log(n) / math.log(128)) if logn else 1
+        at = torch.log2(torch.arange(n) + 1.0)
+        low, high = (octaves[x.long()] for x in (at.floor(), at.ceil()))
+        others = (scale * (low + (at - at.floor()) * (high - low))).exp()
+        others *= torch.special.i0(torch.tensor(scale * 8 / 32, dtype=double)) ** 32
+        others[2] = (scale * A[2]).exp()
+        weights = others / others.sum()
+        parts = [weights[2], weights[:128].sum() - weights[2], weights[128:].sum()]
+        found = torch.tensor(call(page, f"shares(r, logits(r), {n})", **s))
+        torch.testing.assert_close(found, torch.tensor(parts), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["few pairs", "many pairs"])
-def test_the_highest_sums_are_marked(page, name):
-    page.act(f'set(PRESETS["{name}"])')
-    s = page.run("s")
-    L, sums = s["L"], sums_of_model(s)[1]
-    within, beyond = L // 16 + 1 + sums[L // 16 + 1:L].argmax(), L + 1 + sums[L + 1:].argmax()
-    assert page.text("peaks").replace(",", "").startswith(
-        f"Highest sum between L/16 and L: A {sums[within]:.2f} at distance {within}. "
-        f"Highest beyond L: B {sums[beyond]:.2f} at distance {beyond}.")
+def test_false_matches_are_counted(page):
+    for a, b, share in ((0, 3, 0.75), (1, 1, 0), (2, 3, 1)):
+        assert page.run(f"shareOfFalse({{A: [1, 2, 0, 0], B: [2, 2, 1, 5]}}, {a}, {b})") == share
 
 
-def test_charts_and_play_move_the_distance(page):
-    for chart, x, buttons, m in (("sum", 500, 0, 300), ("sum", 500, 1, 1024),  # half of 16 L
-                                 ("weights", -50, 1, 0), ("weights", 1100, 1, 2048)):
-        page.send(chart, "pointermove", clientX=x, buttons=buttons)
-        assert page.run("s.m") == m
-    page.click("play")  # from the end, it begins again
-    assert 0 < page.run("s.m") < 1024
+def test_the_numbers_are_those_of_the_results(page):
+    assert numbers() in HTML, "run python tools/index_numbers.py"
+    page.act("go(6)")
+    for row in page.run("MEASURED.perplexity.filter(row => !row.bias && !row.logn)"):
+        assert all(f"{value:.2f}" in page.text("picture") for value in row["ppl"])
 
 
-def test_100_random_actions_leave_an_address_that_makes_the_page_again(page):
-    draw = random.Random(2).randint
+def test_what_biases_add_is_measured_as_the_model_computes_it():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(pe="hope", block_size=32, n_embd=32, n_head=2, n_layer=1, rope_base=100))
+    attention, positions = model.transformer.h[0].attn, torch.arange(512)
+    torch.nn.init.normal_(attention.c_attn.bias)
+    q, k = (x.view(1, 1, 2, 16).transpose(1, 2) for x in attention.c_attn.bias[:64].split(32))
+    q = rotate(q.expand(-1, -1, 512, -1), *model.transformer.wpe.rotary(positions))
+    mean = (q @ k.transpose(2, 3) / 4).mean((0, 1, 3))  # by distance
+    parts = mean[:1], mean[1:2], mean[2:5], mean[5:11]
+    assert learned(model)[:4].tolist() == pytest.approx([part.mean().item() for part in parts])
+
+
+def test_keys_and_buttons_walk_through_the_steps(page):
+    for i in range(1, 8):
+        assert page.run("s.step") == i
+        words = page.text("text").split()
+        assert len(words) <= 60 and page.text("title") and page.text("reading"), len(words)
+        assert page.run("$('picture').children.length") > 0
+        page.key("title", "ArrowRight") if i % 2 else page.click("next")
+    page.key("m", "ArrowLeft")  # moves the slider
+    assert page.run("s.step") == 7
+    page.key("title", "ArrowLeft")
+    page.click("back")
+    assert page.run("s.step") == 5
+
+
+def test_space_plays_and_a_pointer_moves_the_distance(page):
+    page.key("title", " ")
+    assert page.run("[s.m > 10, !!playing]") == [True, True]
+    page.send("picture", "pointermove", clientX=page.run("W - 8"), buttons=1)
+    assert page.run("[s.m, !!playing]") == [128, False]
+    page.send("picture", "pointermove", clientX=300, buttons=0)
+    assert page.run("s.m") == 128
+
+
+@pytest.mark.parametrize("width", [360, 1000])
+def test_200_random_actions_leave_an_address_that_makes_the_page_again(width):
+    page, draw = Page(HTML, width=width), random.Random(width).randint
     actions = [
-        lambda: page.click(f"pe-{NAMES[draw(0, 3)]}"), lambda: page.click("logn"),
-        lambda: page.click("play"),
-        lambda: page.act(f"$('presets').children[{draw(0, 3)}].click()"),
-        lambda: page.send("sum", "pointerdown", buttons=1, clientX=draw(-50, 1100)),
-        lambda: page.input("m", draw(0, page.run("r.far"))),
+        *(lambda id=id: page.click(id) for id in (*NAMES, "bias", "logn", "play", "back", "next")),
+        lambda: page.click(f"step-{draw(1, 7)}"),
+        lambda: page.key("title", ("ArrowLeft", "ArrowRight", " ")[draw(0, 2)]),
+        lambda: page.send("picture", "pointerdown", buttons=1, clientX=draw(-50, 1100)),
+        lambda: page.input("m", draw(0, page.run("far"))),
         *(lambda key=key, last=last: page.input(key, draw(-8, last)) for key, last in (
-            ("L", 8), ("D", 7), ("base", 120), ("c", 24), ("p", 20), ("sharp", 12)))]
-    for i in range(100):
+            ("L", 8), ("D", 7), ("base", 120), ("c", 24), ("p", 20), ("sharp", 10), ("key", 20)))]
+    for i in range(200):
         actions[draw(0, len(actions) - 1)]()
         page.check_content()
-        assert 0 <= page.run("s.m") <= page.run("r.far")
-        if i % 20 == 0:
-            page.run("playing = false")
-            page.input("m", 77)
-            again = Page(HTML, hash=page.run("location.hash"))
-            assert again.run("s") == page.run("s") and again.text("cards") == page.text("cards")
-            assert again.run("[+$('logn').checked, +$('m').value]") == [again.run("s.logn"), 77]
+        assert 0 <= page.run("s.m") <= page.run("far")
+        if i % 40 == 0:
+            page.act("play(false)")
+            again = Page(HTML, hash=page.run("location.hash"), width=width)
+            assert again.run("s") == page.run("s") and again.text() == page.text()
 
 
 @pytest.mark.parametrize("hash", (
-    "#L=abc&pe=xyz&m=NaN&c=Infinity", "#L=-5&D=-1&base=0&c=0&p=-1&m=-1", "#L=1e999&m=1e999",
-    "#pe=__proto__&__proto__=1", "#L&%E0%A4%A&%=%", "#L=100&D=7&m=2.5", "#pe=<b>&m=<script>"))
+    "#L=abc&pe=xyz&m=NaN&c=Infinity&step=8", "#L=-5&D=-1&base=0&c=0&p=-1&m=-1&step=7",
+    "#L=1e999&m=1e999&step=1.5", "#pe=__proto__&__proto__=1&step=__proto__", "#L&%E0%A4%A&%=%",
+    "#L=100&D=7&m=2.5&step=7", "#pe=<b>&m=<script>&step=<b>"))
 def test_garbage_in_the_address_becomes_values_that_controls_can_show(hash):
     page = Page(HTML, hash=hash, width=360)
     page.check_content()
     s = page.run("s")
-    assert s["pe"] in NAMES and s["logn"] in (0, 1) and s["m"] in range(16 * s["L"] + 1)
+    assert s["pe"] in NAMES and s["logn"] in (0, 1) and s["m"] in range(page.run("far") + 1)
     for key, (_, first, last, *_) in page.run("SLIDERS").items():
         assert s[key] in [page.run(f"SLIDERS.{key}[3]({i})") for i in range(first, last + 1)]

@@ -8,10 +8,10 @@ import torch
 import data.prepare
 import train
 from common.checkpoint import load_checkpoint, load_model
-from data.loader import document_windows, text_to_score
+from data.loader import text_to_score
 from eval_extrapolation import score, score_local
 from experiments import page
-from tests.conftest import TINY_FLAGS
+from tests.conftest import PROJECT, TINY_FLAGS
 from tests.page_stub import Page
 
 L, FACTOR = 16, 8
@@ -54,7 +54,7 @@ def opened(runs, tmp_path_factory):
 def windows(runs):
     checkpoints = [load_checkpoint(run) for run in runs]
     ids, _, _, tokenizer = text_to_score(checkpoints, runs)
-    return document_windows(ids, tokenizer.end_of_document, FACTOR * L, 6), tokenizer
+    return page.windows_from_lines(ids, tokenizer, FACTOR * L, L, 6), tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,35 @@ def test_losses_and_their_means_are_those_of_the_evaluation(i, runs, opened, win
         shown = [float("nan") if x is None else x for x in opened.run(f"runs[{i}].{code}")]
         torch.testing.assert_close(torch.tensor(shown), expected, atol=HALF_A_STEP, rtol=0,
                                    equal_nan=True)
+
+
+def test_windows_begin_at_a_line_if_one_begins_near():
+    class Tokenizer:
+        end_of_document = 99
+
+        def decode_bytes(self, ids):
+            return b"\n" if ids == [7] else b"a"
+
+    ids = torch.tensor([1, 2, 7, 3, 4, 5, 6, 8, 99, *range(20, 28), 99, *[7] * 8]).numpy()
+    found = page.windows_from_lines(ids, Tokenizer(), 4, 3, 9)
+    assert found.tolist() == [[3, 4, 5, 6, 8], [20, 21, 22, 23, 24], [7] * 5]
+
+
+def test_the_page_opens_where_far_text_harms_most_and_has_links_and_names(runs, tmp_path):
+    opened = make(runs[:2], tmp_path / "a", "--names", "RoPE, <biases>", "b")
+    assert opened.run("[measure, at]") == ["gain", opened.run("highest(['gain', 1])")]
+    assert opened.text("run") == "RoPE, <biases>b" and "likelier" in opened.text("coloured")
+    targets = re.findall(r'href="([^"]*)"', opened.run("stub.html($('notes'))"))
+    assert all((tmp_path / "a" / path).resolve().exists() for path in targets if "//" not in path)
+    with pytest.raises(ValueError, match="--names"):
+        make(runs[:2], tmp_path, "--names", "one")
+
+
+def test_the_page_in_docs_is_of_the_present_template():
+    html = (PROJECT / "docs" / "text.html").read_text(encoding="utf-8")
+    before, after = page.TEMPLATE.read_text(encoding="utf-8").split("DATA")
+    assert html.startswith(before) and html.endswith(after) and len(html.encode()) <= 150_000
+    assert re.search(r"RoPE.*HoPE.*biases.*windows", Page(html).text("run"))
 
 
 def test_the_passage_is_closest_to_the_mean_in_each_bucket_of_each_run():
@@ -137,8 +166,8 @@ def test_two_hundred_random_actions(seed, factor, runs, tmp_path):
 
 
 @pytest.mark.parametrize("label, key, best, full", [
-    ("highest loss", "loss", max, 5), ("far tokens help most", "gain", min, 3),
-    ("harm most", "gain", max, 3)])
+    ("least expected", "loss", max, 5), ("helps most", "gain", min, 3),
+    ("far text harms most", "gain", max, 3)])
 def test_a_button_chooses_the_extreme_token_and_colours_all(label, key, best, full, opened):
     for run in (0, 1):
         opened.run(f"show(runs[{run}], 'loss')")

@@ -2,8 +2,7 @@
 Look at the project's pages in a browser: screenshots in out/look; exit code 1 if a page has errors.
 
     make look
-    python tools/look.py docs/index.html out/demo/page.html     # the same
-    python tools/look.py --pictures                             # and the README's pictures of them
+    python tools/look.py docs/index.html docs/text.html     # the same
 
 Needs playwright (pip install playwright) and an installed Chromium; --chromium says where. Each
 page is opened at two widths in light and dark. Errors are exceptions, messages of the console,
@@ -11,19 +10,17 @@ requests to anywhere, and a page that is wider than its window. For people who c
 tests run without a browser.
 """
 import argparse
-import io
+import itertools
 import shutil
 import sys
 from pathlib import Path
 
-from PIL import Image  # comes with matplotlib
 from playwright.sync_api import Error, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1280, 900), (390, 844)
-PICTURES = {"docs/index.html": ("docs/idea_page.png", "#m=300"),  # page: README's picture, state
-            "out/demo/page.html": ("docs/text_page.png", "")}
-LIMIT = 150_000  # bytes of such a picture
+PAGES = [ROOT / "docs" / name for name in ("index.html", "text.html")]
+STATES = {"index": [f"#step={i}" for i in range(1, 8)]}  # page: the states that are opened
 
 
 def open_page(browser, path, size, scheme, state=""):
@@ -50,40 +47,27 @@ def open_page(browser, path, size, scheme, state=""):
 def look(browser, path, folder):
     """Screenshots of a page: what the window shows first, and all of it -> its errors."""
     found = []
-    for size in SIZES:
-        for scheme in ("light", "dark"):
-            page, errors = open_page(browser, path, size, scheme)
-            name = f"{path.parent.name}_{path.stem}_{size[0]}_{scheme}"
-            page.screenshot(path=folder / f"{name}.png")
-            # a window of the page's height: what sticks to the window's edge stays there
-            height = page.evaluate("document.documentElement.scrollHeight")
-            page.set_viewport_size({"width": size[0], "height": height})
-            page.wait_for_timeout(300)
-            page.screenshot(path=folder / f"{name}_all.png")
-            wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
-            if wide > 0:
-                errors.append(f"{wide} pixels wider than its window")
-            found += [f"{name}: {error}" for error in errors]
-            page.close()
+    for size, scheme, state in itertools.product(SIZES, ("light", "dark"),
+                                                 STATES.get(path.stem, [""])):
+        page, errors = open_page(browser, path, size, scheme, state)
+        name = f"{path.parent.name}_{path.stem}{state.strip('#')}_{size[0]}_{scheme}"
+        page.screenshot(path=folder / f"{name}.png")
+        # a window of the page's height: what sticks to the window's edge stays there
+        height = page.evaluate("document.documentElement.scrollHeight")
+        page.set_viewport_size({"width": size[0], "height": height})
+        page.wait_for_timeout(300)
+        page.screenshot(path=folder / f"{name}_all.png")
+        wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        if wide > 0:
+            errors.append(f"{wide} pixels wider than its window")
+        found += [f"{name}: {error}" for error in errors]
+        page.close()
     return found
-
-
-def picture(browser, source, target, state):
-    """A screenshot in 256 colours. Raises ValueError if it is too large."""
-    page, _ = open_page(browser, ROOT / source, (1000, 800), "light", state)
-    image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(ROOT / target, optimize=True)
-    n_bytes = (ROOT / target).stat().st_size
-    print(f"{target}: {n_bytes / 1000:.0f} KB")
-    if n_bytes > LIMIT:
-        raise ValueError(f"{target} is larger than {LIMIT / 1000:.0f} KB")
 
 
 def main():
     parser = argparse.ArgumentParser(description="Screenshots of the pages, and their errors.")
-    parser.add_argument("pages", nargs="*", type=Path, help="default: those that there are",
-                        default=[ROOT / page for page in PICTURES if (ROOT / page).exists()])
-    parser.add_argument("--pictures", action="store_true", help="make the README's pictures anew")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES, help="default: those in docs")
     parser.add_argument("--chromium", help="the browser's path",
                         default=shutil.which("chromium") or shutil.which("google-chrome"))
     args = parser.parse_args()
@@ -98,9 +82,6 @@ def main():
         for path in args.pages:
             errors += look(browser, path, folder)
             print(f"{path}: screenshots in {folder}")
-        if args.pictures:
-            for source, (target, state) in PICTURES.items():
-                picture(browser, source, target, state)
         browser.close()
     if errors:
         sys.exit("\n".join(errors))
