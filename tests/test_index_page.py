@@ -108,7 +108,8 @@ def test_the_numbers_are_those_of_the_results(page):
 
 def test_what_biases_add_is_measured_as_the_model_computes_it():
     torch.manual_seed(0)
-    model = GPT(GPTConfig(pe="hope", block_size=32, n_embd=32, n_head=2, n_layer=1, rope_base=100))
+    model = GPT(GPTConfig(pe="hope", qkv_bias=True, block_size=32, n_embd=32, n_head=2,
+                          n_layer=1, rope_base=100))
     attention, positions = model.transformer.h[0].attn, torch.arange(512)
     torch.nn.init.normal_(attention.c_attn.bias)
     q, k = (x.view(1, 1, 2, 16).transpose(1, 2) for x in attention.c_attn.bias[:64].split(32))
