@@ -3,9 +3,8 @@ Where does a model lose the thread? A page that shows one passage, each token co
 
     python -m experiments.page out/demo/rope out/demo/hope --names RoPE HoPE --html out/page.html
 
-The passage is one of --windows windows, each from the start of a line: the one whose losses are
-closest to their mean, so that nobody picks it. page.html says what can be seen. It is copied with
-the data as JSON in place of the word DATA:
+The passage is one of --windows that begin at a line: the one whose losses are closest to their
+mean, so that nobody picks it. page.html is copied with the data as JSON in place of the word DATA:
 
     {"root": path of the project, "L", "source", "windows", "vocab": [text, ...], "tokens",
      "runs": [{"name", "mean", "full": PART, "local": PART}, ...]}     PART: {"loss", "top", "p"}
@@ -34,7 +33,6 @@ from data.loader import add_text_flags, document_windows, text_to_score
 from eval_extrapolation import bucket_edges, score, score_local
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PROJECT = Path(__file__).parents[1]
 
 # --- What is shown ------------------------------------------------------------------------------
 
@@ -104,10 +102,10 @@ def make_page(args, checkpoints, names, device):
         runs = [describe(name, model, own, windows[at], at, edges)
                 for name, model, own in zip(names, models, losses)]
     vocab, tokens = number_tokens(windows[at].cpu(), runs)
-    root = os.path.relpath(PROJECT, Path(args.html).parent).replace(os.sep, "/")
-    return {"root": root, "L": edges[1], "source": str(source), "windows": len(windows), "vocab": [
-        tokenizer.decode_bytes([token]).decode(errors="backslashreplace") for token in vocab],
-        "tokens": tokens, "runs": runs}
+    root = os.path.relpath(TEMPLATE.parents[1], Path(args.html).parent)
+    texts = [tokenizer.decode_bytes([i]).decode(errors="backslashreplace") for i in vocab]
+    return {"root": root.replace(os.sep, "/"), "L": edges[1], "source": str(source),
+            "windows": len(windows), "vocab": texts, "tokens": tokens, "runs": runs}
 
 
 # --- How it is stored ---------------------------------------------------------------------------
@@ -159,10 +157,10 @@ def main(argv=None):
     add("--windows", type=flags.positive, default=32, help="windows to choose the passage from")
     flags.add_flags(parser, DeviceConfig)
     args = parser.parse_args(argv)
-    checkpoints, names = [load_checkpoint(path) for path in args.runs], args.names
-    if len(names or args.runs) != len(args.runs):
+    checkpoints = [load_checkpoint(path) for path in args.runs]
+    names = args.names or run_names(args.runs)
+    if len(names) != len(args.runs):
         raise ValueError(f"{len(args.runs)} runs need as many --names, not {len(names)}")
-    names = names or run_names(args.runs)
     data = make_page(args, checkpoints, names, Device(DeviceConfig(args.device, args.dtype)))
     page = fill_template(data).encode()
     Path(args.html).parent.mkdir(parents=True, exist_ok=True)

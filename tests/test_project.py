@@ -27,6 +27,7 @@ import eval_extrapolation
 import sample
 import train
 from experiments import curves
+from model import PE
 from tests.conftest import PROJECT, TINY_FLAGS, log, run
 
 CORE = [path for name in ("*.py", "common/*.py", "data/*.py") for path in PROJECT.glob(name)]
@@ -208,6 +209,17 @@ def test_the_example_of_contributing_is_an_encoding(tmp_path):
     expected = [-2 * math.log(1 + distance) for distance in (3, 2, 1, 0)]
     torch.testing.assert_close(bias[1, 3], torch.tensor(expected))
     assert module.GPT(config)(torch.zeros(1, 8, dtype=torch.int64))[0].isfinite().all()
+
+
+def test_the_code_for_a_notebook_runs(monkeypatch):
+    monkeypatch.chdir(PROJECT)
+    monkeypatch.setitem(PE, "mine", None)  # the code replaces it; afterwards it is gone
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text_of("CONTRIBUTING.md"), re.M | re.DOTALL):
+        exec(block, names)
+    names["loss"].backward()
+    assert names["model"].transformer.wpe.log_theta.grad.abs().sum() > 0
+    assert names["table"].round(2).loc["hope qkv_bias False"].tolist()[:2] == [4.01, 4.0]
 
 
 # --- what the code promises about itself
