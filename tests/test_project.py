@@ -219,7 +219,7 @@ def test_the_code_for_a_notebook_runs(monkeypatch):
         exec(block, names)
     names["loss"].backward()
     assert names["model"].transformer.wpe.log_theta.grad.abs().sum() > 0
-    assert names["table"].round(2).loc["hope qkv_bias False"].tolist()[:2] == [4.01, 4.0]
+    assert names["table"].round(2).loc["hope bias False qkv_bias False"].tolist()[:2] == [4.01, 4.0]
 
 
 # --- what the code promises about itself
