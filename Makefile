@@ -37,7 +37,7 @@ trainings: $(DEMO:%=out/demo/%/done)
 out/demo/%/done:
 	@mkdir -p $(@D)
 	@export OMP_NUM_THREADS=1; { $(RUN) train.py $($*) --out_dir $(@D) $$(test -f $(@D)/ckpt.pt && echo --resume) \
-	    && touch $@; } 2>&1 | { trap "" INT; while IFS= read -r line; do echo "$*: $$line"; done; }; test -f $@
+	    && touch $@; } 2>&1 | { trap "" INT; while IFS= read -r line; do printf "%s\n" "$*: $$line"; done; }; test -f $@
 
 # two processes with one thread each are done sooner than one process with two
 test: $(VENV)/installed
