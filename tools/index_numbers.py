@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 
 from common.checkpoint import load_model
 from common.report import write_json
-from model import rotate
+from experiments.attention import biases_by_distance
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "index.html"
@@ -31,16 +31,11 @@ GROUPS = [("biases.json", f"{pe} bias False qkv_bias {qkv}{logn}")
 GROUPS += [("others.json", f"{pe}{logn}") for pe in ("prope", "nope") for logn in ("", " logn")]
 
 
-@torch.no_grad()
 def learned(model):
     """What biases add to the logits, the mean over heads and layers, at the distances above."""
     m = torch.arange(16 * model.config.block_size)
-    cos, sin = model.transformer.wpe.rotary(m)
-    total = 0
-    for block in model.transformer.h:
-        a, b, _ = block.attn.c_attn.bias.view(3, block.attn.n_head, 1, -1)  # (H, 1, D) each
-        total += (rotate(a[None].expand(-1, -1, len(m), -1), cos, sin) * b).sum(-1).mean((0, 1))
-    mean = total / len(model.transformer.h) / a.size(-1) ** 0.5
+    heads = biases_by_distance(model, m[None])["heads"]
+    mean = torch.tensor([head["values"] for head in heads]).mean(0)
     octaves = torch.log2(m + 1.0).round()
     return torch.stack([mean[octaves == i].mean() for i in octaves.unique()])
 
