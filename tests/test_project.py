@@ -178,7 +178,7 @@ def test_the_commands_of_a_night_work_one_after_the_other(tmp_path, monkeypatch,
     planned = re.findall(r"^python train.py (.*)", choosing, re.M)
     for command in planned:
         train.parse(shlex.split(command))
-    assert len(planned) == 7
+    assert len(planned) == 5
 
 
 def test_the_code_that_the_readme_shows_stands_in_model_py():
