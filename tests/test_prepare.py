@@ -102,25 +102,22 @@ def test_a_thousand_characters_are_many_and_byte_pairs_are_advised(n, advice, no
 
 @pytest.mark.parametrize("has_gpu", [False, True])
 @pytest.mark.parametrize("n_tokens", [10, 10**5, 10**10])
-def test_the_next_commands_read_the_text_as_often_as_they_say_but_not_too_often(
+def test_the_next_command_reads_the_text_as_often_as_it_says_but_not_too_often(
         has_gpu, n_tokens, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     monkeypatch.chdir(PROJECT)
-    data.prepare.print_commands(Path("data/novel"), n_tokens)
-    printed = re.findall(r"(.*), (.*) readings of the text:\n    python train.py (@config/(\w+).*)",
-                         capsys.readouterr().out)
-    assert [(time, name) for time, _, _, name in printed] == list(zip(
-        ("minutes", "up to a night"),
-        ("laptop_char", "laptop_overnight") if has_gpu else ("cpu_demo", "night_cpu")))
-    for _, said, command, _ in printed:
-        network, config, _ = train.parse(command.split())
-        assert (config.dataset, config.out_dir.startswith("out/novel")) == ("data/novel", True)
-        tokens = (config.max_iters * config.batch_size * config.gradient_accumulation_steps
-                  * network.block_size)
-        assert float(said.replace(",", "")) == pytest.approx(tokens / n_tokens, abs=0.005)
-        limit = 30 if network.dropout else 10
-        assert tokens / n_tokens <= limit or config.max_iters == 1
-        assert tokens / n_tokens > 0.9 * limit or n_tokens == 10**10
+    data.prepare.print_command(Path("data/novel"), n_tokens)
+    [(said, command, name)] = re.findall(
+        r" (\S+) readings of the text:\n    python train.py (@config/(\w+).*)",
+        capsys.readouterr().out)
+    network, config, _ = train.parse(command.split())
+    assert name == ("laptop_char" if has_gpu else "night_cpu") and network.dropout
+    assert (config.dataset, config.out_dir) == ("data/novel", "out/novel")
+    tokens = (config.max_iters * config.batch_size * config.gradient_accumulation_steps
+              * network.block_size)
+    assert float(said) == pytest.approx(tokens / n_tokens, abs=0.051)
+    assert tokens / n_tokens <= 30 or config.max_iters == 1
+    assert tokens / n_tokens > 27 or n_tokens == 10**10
 
 
 def test_names_of_data_sets_say_source_and_tokenizer(novel, monkeypatch):
