@@ -6,9 +6,9 @@ What attention does inside the trained context L and beyond it: measurements tha
     python -m experiments.attention out/rope out/hope --heads --json heads.json
     python -m experiments.attention out/qkv_bias --biases --json biases.json --plot biases.png
 
-Prints the entropy of attention by layer, and plots mean attention weight and mean logit by distance
-to the key, of queries in [L/2, L), and of those far beyond L, in [T/2, T) of windows of T tokens.
-Short-window layers count the keys in their window only.
+Prints the entropy of attention by layer, and plots the mean logit by distance to the key, of
+queries in [L/2, L), "inside L", and in [T/2, T) of windows of T tokens, "beyond L"; the JSON has
+the weights, too. Short-window layers count the keys in their window only.
 
 --heads lists the heads of full layers by how much they look at the previous token, within L, and
 the pairs of channels that point there (arXiv 2410.06205: the fastest ones). A logit is a sum over
@@ -29,7 +29,7 @@ from common.checkpoint import load_checkpoint, load_model
 from common.device import Device, DeviceConfig
 from data.loader import add_text_flags, document_windows, text_to_score
 from experiments import output
-from experiments.groups import in_words, name_of
+from experiments.groups import name_of
 from model import ROTARY, rotate
 
 # --- Inside a layer -------------------------------------------------------------------------------
@@ -240,53 +240,51 @@ def print_biases(run):
 # --- Pictures -------------------------------------------------------------------------------------
 
 
-def draw_biases(run, color, panels):
+def draw_biases(run, style, panels):
     """A panel per layer, a line per head."""
     for row in run["heads"]:
         panel = panels[row["layer"] - 1]
         panel.plot(range(1, run["length"] + 1), row["values"], label=f"head {row['head']}")
         panel.set_title(f"layer {row['layer']}")
-    panels[0].set_ylabel(f"{in_words(run['layers'])}:\nadded to the logit")
+    panels[0].set_ylabel(f"{style['label']}:\nadded to the logit")
 
 
-def draw_attention(run, color, panels):
-    """Attention weight and logit. Gray: each layer, queries inside L."""
+def draw_attention(run, style, panels):
+    """The logit, in one panel."""
     edges = [*run["starts"], run["length"]]
     at = [(start + end - 1) / 2 + 1 for start, end in zip(edges, edges[1:])]  # 1: log axis
-    for panel, what in zip(panels, ("weight", "logit")):
-        for layer in run[f"inside/{what}_by_distance"]["layers"]:
-            panel.plot(at, layer, color="0.7", linewidth=1)
-        for group, line in (("inside", "-"), ("beyond", "--")):
-            if found := run.get(f"{group}/{what}_by_distance"):
-                panel.plot(at, found["mean"], color=color, linestyle=line, linewidth=2,
-                           label=f"mean over layers, queries {group} L")
-        panel.set(title=report.as_label(run["name"]), ylabel=f"mean {what}")
-    panels[0].set_yscale("log")
-    panels[0].set_ylim(bottom=1e-4)
+    inside = run["inside/logit_by_distance"]
+    for layer in inside["layers"]:
+        panels[0].plot(at, layer, color="0.7", linewidth=1)
+    panels[0].lines[0].set_label("queries inside L, each layer")
+    for group, line in (("inside", "-"), ("beyond", "--")):
+        if found := run.get(f"{group}/logit_by_distance"):
+            panels[0].plot(at, found["mean"], line, color=style["color"], linewidth=2,
+                           label=f"queries {group} L, mean")
+    panels[0].set_ylabel(f"{style['label']}:\nmean logit")
 
 
-def plot(runs, draw, path):
-    """A row per run, which draw(run, colour, panels) fills."""
-    n_panels = runs[0]["heads"][-1]["layer"] if draw is draw_biases else 2
+def plot(runs, draw, question, path):
+    """A row per run, which draw(run, style, panels) fills."""
+    n_panels = runs[0]["heads"][-1]["layer"] if draw is draw_biases else 1
     figure, axes = report.import_pyplot().subplots(
-        len(runs), n_panels, figsize=(9.5, 2.5 * len(runs) + 0.7), squeeze=False,
-        layout="constrained")
+        len(runs), n_panels, figsize=(9.5, 2.3 * len(runs) + 1.5), squeeze=False, sharey=True)
     for run, style, panels in zip(runs, report.styles(runs), axes):
-        draw(run, style["color"], panels)
-        ticks = [2 ** i for i in range(0, int(math.log2(run["length"])) + 1, 2)]
+        draw(run, style, panels)
         for panel in panels:
-            output.token_axis(panel, run["block_size"] + 0.5, ticks)
+            ticks = {1, 4, 16, run["block_size"], run["length"]}
+            report.token_axis(panel, run["block_size"], sorted(ticks))
     figure.supxlabel("1 + distance to the key (tokens)", fontsize="medium")
-    output.legend_above(figure, axes[0, 0])
-    output.save_picture(figure, path)
+    report.save_picture(figure, axes[0, 0], question, path)
 
 
 # --- The command ----------------------------------------------------------------------------------
 
-# what is measured of a model and windows, how it is printed and drawn
-KINDS = {"attention": (analyze, print_run, draw_attention),
-         "heads": (previous_token_heads, print_heads, None),
-         "biases": (biases_by_distance, print_biases, draw_biases)}
+# what is measured of a model and windows, how it is printed and drawn, what the picture answers
+KINDS = {"attention": (analyze, print_run, draw_attention, "Do keys beyond L get high logits?"),
+         "heads": (previous_token_heads, print_heads, None, None),
+         "biases": (biases_by_distance, print_biases, draw_biases,
+                    "What do biases of queries and keys add to a logit?")}
 
 
 def measure_runs(args, device, measure, show):
@@ -320,17 +318,18 @@ def main(argv=None):
     add("--max_factor", type=flags.positive, default=4, help="length of a run's windows in "
         "multiples of its block_size; memory grows with its square")
     add("--windows", type=flags.positive, default=8, help="windows to average over")
-    report.add_output_flags(parser, "weight and logit, or the function, by distance")
+    report.add_output_flags(parser, "the logit, or the function, by distance")
     flags.add_flags(parser, DeviceConfig, "device")
     args = parser.parse_args(argv)
     report.check_outputs(args)
     kind = "heads" if args.heads else "biases" if args.biases else "attention"
     device = Device(DeviceConfig(args.device if kind == "attention" else "cpu"))
-    result, draw = measure_runs(args, device, *KINDS[kind][:2]), KINDS[kind][2]
+    measure, show, draw, question = KINDS[kind]
+    result = measure_runs(args, device, measure, show)
     if args.json:
         report.write_json(args.json, "-m experiments.attention", output.rounded(result, 4))
     if args.plot and draw:
-        plot(result["runs"], draw, args.plot)
+        plot(result["runs"], draw, question, args.plot)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common import flags, report
 from common.checkpoint import load_checkpoint
-from experiments.output import draw_line, legend_above, save_picture
+from experiments.output import draw_line
 
 X_AXES = {"iter": "optimizer steps", "tokens": "tokens trained on",
           "seconds": "training time (seconds)"}
@@ -24,17 +24,17 @@ def read_log(out_dir):
 
 
 def plot(folders, x, path):
-    figure, panel = report.import_pyplot().subplots(figsize=(9.5, 5.5), layout="constrained")
-    styles = report.styles([load_checkpoint(folder)["config"] for folder in folders])
-    for folder, name, style in zip(folders, report.run_names(folders), styles):
+    figure, panel = report.import_pyplot().subplots(figsize=(9.5, 5.5))
+    runs = [load_checkpoint(folder)["config"] | {"name": name}
+            for folder, name in zip(folders, report.run_names(folders))]
+    for folder, style in zip(folders, report.styles(runs)):
         log = read_log(folder)
-        draw_line(panel, log, x, "val_loss", label=report.as_label(name), markersize=5, **style)
+        draw_line(panel, log, x, "val_loss", markersize=5, **style)
         draw_line(panel, log, x, "train_loss", color=style["color"], linewidth=0.8, alpha=0.5)
-    panel.set(xlabel=X_AXES[x], ylabel="loss (nats per token)",
-              title="validation loss (thin: training loss)")
+    panel.set(xlabel=f"{X_AXES[x]}\nwith markers: validation; thin: training",
+              ylabel="loss (nats per token)")
     panel.xaxis.set_major_formatter("{x:,.10g}")
-    legend_above(figure, panel)
-    save_picture(figure, path)
+    report.save_picture(figure, panel, "How does the loss fall?", path)
 
 
 def main(argv=None):

@@ -3,15 +3,14 @@ The picture of RoPE and HoPE in README.md:
 
     python -m experiments.figures --head_dim 64 --rope_base 100 --plot idea.png
 
-A circle per pair, RoPE above HoPE (arXiv 2410.21216). Filled: the angles at distances up to L.
-Hatched: the rest, which RoPE enters beyond L. The pairs that HoPE does not rotate stay at angle 0.
+A circle per pair, RoPE above HoPE (arXiv 2410.21216). Pairs that HoPE does not rotate stay at
+angle 0.
 """
 import math
 
 from torch.nn import functional as F
 
 from common import flags, report
-from experiments.output import save_picture
 from model import GPTConfig, HoPE, RoPE
 
 
@@ -29,36 +28,34 @@ def draw_pair(panel, theta, L, color):
         return
     turns = theta * L / (2 * math.pi)
     seen = 360 * min(1, turns)  # degrees, clockwise
-    panel.add_patch(Wedge((0, 0), 1, 90 - seen, 90, facecolor=color, edgecolor=color))
+    panel.add_patch(Wedge((0, 0), 1, 90 - seen, 90, facecolor=color, edgecolor=color,
+                          label="filled: seen at distances up to L"))
     if turns < 1:
         panel.add_patch(Wedge((0, 0), 1, 90, 450 - seen, facecolor="white", edgecolor="gray",
-                              hatch="////"))
+                              hatch="////", label="hatched: never seen in training"))
     else:
-        panel.text(0, 0, f"{turns:.0f}\nturns", ha="center", va="center", color="white")
+        text = "1 turn" if round(turns) == 1 else f"{turns:.0f}\nturns"
+        panel.text(0, 0, text, ha="center", va="center", color="white")
     panel.text(0, -1.2, f"{2 * math.pi / theta:,.0f}", ha="center", va="top")
 
 
 def draw_idea(config, path):
     """At most eight pairs of a head of a GPTConfig."""
-    figure = report.import_pyplot().figure(figsize=(9.5, 4.6), layout="constrained")
-    from matplotlib.patches import Patch
-
+    figure = report.import_pyplot().figure(figsize=(9.5, 5.2))
     L, rope, hope = config.block_size, RoPE(config).theta, HoPE(config).theta
     hope = F.pad(hope, (0, len(rope) - len(hope)))  # (pairs,), 0: not rotated
-    for part, name, theta, title in zip(figure.subfigures(2, 1), ("rope", "hope"), (rope, hope), (
-            "RoPE: beyond L tokens, slow pairs enter angles never seen in training",
-            "HoPE: rotates only the pairs that have seen the whole circle")):
-        shown, color = theta[::max(1, len(theta) // 8)][:8].tolist(), report.STYLES[name][0]
-        part.suptitle(title, fontsize=13, fontweight="bold", color=color)
+    for part, pe, theta, title in zip(figure.subfigures(2, 1), ("rope", "hope"), (rope, hope), (
+            "RoPE rotates all pairs: beyond L, slow ones meet new angles",
+            "HoPE rotates only the pairs that have seen the whole circle")):
+        shown, color = theta[::max(1, len(theta) // 8)][:8].tolist(), report.STYLES[pe][1]
+        part.suptitle(title, color=color)
         for panel, frequency in zip(part.subplots(1, len(shown), squeeze=False)[0], shown):
             draw_pair(panel, frequency, L, color)
-        part.supxlabel("tokens per turn" if name == "rope" else "", fontsize="medium")
-    title = ("One circle per pair of channels: its angles, clockwise from the top, at distances of "
-             "0 to L tokens")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, title=title, handles=[
-        Patch(facecolor="dimgray", label=f"angles seen within the trained context, L = {L} tokens"),
-        Patch(facecolor="white", edgecolor="gray", hatch="////", label="never seen in training")])
-    save_picture(figure, path)
+        part.supxlabel("tokens per turn", fontsize="medium")
+    figure.supxlabel(f"one circle per pair of channels ({len(shown)} of {len(theta)} pairs are "
+                     "shown): its angles, clockwise from the top", fontsize="medium")
+    report.save_picture(figure, figure.axes[len(shown) - 1], "Which angles are new beyond the "
+                        f"trained context, L = {L} tokens?", path)
 
 
 def main(argv=None):

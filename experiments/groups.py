@@ -49,20 +49,13 @@ def name_of(config):
     return f"{config.pe}{local}:{config.window_pattern}:{config.window}"
 
 
-IN_WORDS = {"rope": "RoPE", "hope": "HoPE", "prope": "p-RoPE", "nope": "NoPE", "alibi": "ALiBi",
-            "t5": "T5", "kerple": "KERPLE", "fire": "FIRE"}
-
-
 def in_words(name):
-    """The name of a group, for pictures: hope:SSSL:16 logn -> HoPE, windows, logn;
-    nope+rope:SSSL:16 -> NoPE in full layers, windows."""
-    name = name.replace("bias True qkv_bias True", "all biases").replace("bias False qkv", "qkv")
-    name = name.replace("qkv_bias True", "QKV biases").replace("qkv_bias False", "no biases")
-    arrangement, *rest = name.split(maxsplit=1)
-    pe, *windows = arrangement.split(":")
-    full, *local = [IN_WORDS.get(part, part) for part in pe.split("+")]
-    return ", ".join([f"{full} in full layers" if local else full, *["windows"] * bool(windows),
-                      *rest])
+    """The name of a group, for readers: as README.md names the demo's networks."""
+    for flags, words in {"nope+rope:SSSL:16": "windows", " bias True qkv_bias True": ", all biases",
+                         " bias False": "", " qkv_bias False": "", " qkv_bias True": ", QKV biases",
+                         " logn": ", log-n"}.items():
+        name = name.replace(flags, words)
+    return name
 
 
 # --- Settings: {flag: value} ----------------------------------------------------------------------

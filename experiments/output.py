@@ -3,7 +3,7 @@ What experiments have in common when they report: means over seeds, rounded numb
 """
 import math
 
-from common.report import import_pyplot, mean_and_stderr
+from common.report import mean_and_stderr
 from experiments.groups import group_names, settings_of
 
 # --- Numbers --------------------------------------------------------------------------------------
@@ -66,20 +66,3 @@ def draw_line(panel, rows, x, y, error=None, **style):
     if error:
         low, high = ([row[y] + sign * (row[error] or 0) for row in known] for sign in (-1, 1))
         panel.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
-
-
-def token_axis(panel, L, ticks):
-    """Tokens on a logarithmic axis, with a dotted line at the trained context."""
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    panel.axvline(L, color="gray", linestyle=":")
-
-
-def legend_above(figure, panel, columns=4):
-    """One legend for all panels, of the lines of one."""
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=columns)
-
-
-def save_picture(figure, path):
-    figure.savefig(path, dpi=110)
-    import_pyplot().close(figure)

@@ -210,22 +210,22 @@ def show(panels, runs, x, xlabel, L, path):
                 for run, row in zip(runs, rows)})
     if not path:
         return
+    styles = report.styles([run | {"name": in_words(run["name"])} for run in runs])
     n_rows = len(panels) // 2
     figure, axes = report.import_pyplot().subplots(
-        n_rows, 2, figsize=(12, 1 + 3.9 * n_rows), layout="constrained", squeeze=False)
+        n_rows, 2, figsize=(12, 1 + 3.9 * n_rows), squeeze=False)
     for panel, (title, key, rows, guesses) in zip(axes.flat, panels):
-        for run, row, style in zip(runs, rows, report.styles(runs)):
-            label = report.as_label(in_words(run["name"]))
-            output.draw_line(panel, row, x, key, f"{key}_stderr", label=label, **style)
+        for row, style in zip(rows, styles):
+            output.draw_line(panel, row, x, key, f"{key}_stderr", **style)
         for guess in guesses:
             panel.axhline(guess, color="gray", linestyle="--", linewidth=1)
         if "accuracy" in key:
             panel.set_ylim(-0.03, 1.03)
-        output.token_axis(panel, L, ticks)
+        report.token_axis(panel, L, ticks)
         panel.set_title(title)
-    figure.supxlabel(f"{xlabel}; dotted: L, dashed: guesses", fontsize="medium")
-    output.legend_above(figure, axes[0, 0])
-    output.save_picture(figure, path)
+    figure.supxlabel(f"{xlabel}; gray dashes: guesses, shaded: ± standard error",
+                     fontsize="medium")
+    report.save_picture(figure, axes[0, 0], "What is found again beyond L?", path)
 
 
 def show_tasks(means, args):

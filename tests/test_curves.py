@@ -9,10 +9,10 @@ from experiments import curves
 def test_the_losses_of_a_run_are_drawn_in_the_colour_of_its_encoding(x, finished_run, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(curves, "save_picture", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save_picture", lambda figure, *_: figures.append(figure))
     curves.main([finished_run, "--x", x, "--plot", "unused.png"])
     log, (panel,) = curves.read_log(finished_run), figures[0].axes
-    assert {line.get_color() for line in panel.lines} == {report.STYLES["hope"][0]}
+    assert {line.get_color() for line in panel.lines} == {report.STYLES["hope"][1]}
     assert [list(line.get_ydata()) for line in panel.lines] == [
         [line["val_loss"] for line in log], [line["train_loss"] for line in log[1:]]]
     assert list(panel.lines[0].get_xdata()) == [line[x] for line in log]

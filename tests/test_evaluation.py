@@ -212,7 +212,7 @@ def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(
             expected = [cell(bucket, key, digits) for bucket in run["buckets"]]
             assert [text.strip() for text in line.split("  ")[1:] if text] == expected
     assert "[0, 16)" in ppl and "[32, 64)" in ppl
-    assert (tmp_path / "new" / "r.svg").read_text().count(" learned -->") == 1  # in the legend
+    assert (tmp_path / "new" / "r.svg").read_text().count("<!-- learned -->") == 1  # in the legend
 
 
 def test_a_missing_matplotlib_is_reported_before_anything_is_computed(monkeypatch, fails):
@@ -227,11 +227,15 @@ def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypa
     bucket = {"nll": 1.0, "ppl": math.e, "ppl_local": 3.0, "stderr": 0.1}
     drawn, buckets = [], [{**bucket, "start": 0, "end": 128}, {**bucket, "start": 128, "end": 256}]
     monkeypatch.setattr(pyplot, "close", drawn.append)
-    eval_extrapolation.plot([{"name": name, "pe": "rope", "buckets": buckets} for name in names],
-                            io.BytesIO())
-    [figure] = drawn
+    runs = [{"name": name, "pe": "rope", "buckets": buckets} for name in names]
+    eval_extrapolation.plot(runs, io.BytesIO())
+    eval_extrapolation.plot([{**runs[0], "name": "x" * 150}], file := io.BytesIO())
+    file.seek(0)
+    [figure, wide] = drawn
+    needed = wide.legends[0].get_window_extent().width / wide.dpi
+    assert wide.get_figwidth() < needed < pyplot.imread(file).shape[1] / 110  # inches
     [legend], [axes] = figure.legends, figure.axes
-    assert {f" {name}".replace("$", r"\$") for name in names} <= {
+    assert {name.lstrip("_").replace("$", r"\$") for name in names} <= {
         text.get_text() for text in legend.get_texts()}
     for shown in (legend, axes.xaxis.label, axes.yaxis.label):
         box = shown.get_window_extent()

@@ -7,6 +7,13 @@ from experiments import figures
 from model import frequencies
 
 
+@pytest.mark.parametrize("theta, turns", [(0.5, "10\nturns"), (2 * math.pi / 112, "1 turn")])
+def test_a_pair_that_has_seen_its_circle_says_how_often(theta, turns):
+    panel = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    figures.draw_pair(panel, theta, 128, "red")
+    assert panel.texts[0].get_text() == turns
+
+
 @pytest.mark.parametrize("theta, seen, hatched", [
     (0.5, 360, 0), (2 * math.pi / 128, 360, 0), (2 * math.pi / 256, 180, 180),
     (2 * math.pi / 512, 90, 270), (0, 0, 0)])
@@ -21,8 +28,9 @@ def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(theta
 
 def test_the_idea_is_drawn_with_the_pairs_that_the_model_rotates(monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
-    drawn = []
-    monkeypatch.setattr(figures, "draw_pair", lambda panel, theta, *_: drawn.append(theta))
+    drawn, draw = [], figures.draw_pair
+    monkeypatch.setattr(figures, "draw_pair", lambda panel, theta, *args: (
+        drawn.append(theta), draw(panel, theta, *args)))
     figures.main(["--head_dim", "32", "--block_size", "128", "--plot", str(tmp_path / "idea.png")])
     rope = frequencies(32).float()[::2].tolist()
     assert drawn == rope + [theta if 2 * math.pi / theta <= 128 else 0 for theta in rope]

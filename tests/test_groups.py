@@ -1,10 +1,12 @@
 """Tables of runs: arrangements, names of groups, means over seeds."""
 import math
+import re
 from dataclasses import asdict
 
 import pytest
 import torch
 
+from common import report
 from experiments import groups
 from model import GPTConfig
 from train import TrainConfig
@@ -34,13 +36,14 @@ def test_an_arrangement_is_read_and_named(text, fields):
 
 
 @pytest.mark.parametrize("name, words", [
-    ("hope:SSSL:16 logn", "HoPE, windows, logn"), ("rope qkv_bias False", "RoPE, no biases"),
-    ("nope+rope:SL:4 qkv_bias True", "NoPE in full layers, windows, QKV biases"),
-    ("rope bias False qkv_bias False", "RoPE, no biases"),
-    ("rope bias False qkv_bias True logn", "RoPE, QKV biases logn"),
-    ("rope bias True qkv_bias True", "RoPE, all biases")])
-def test_a_name_in_words_says_which_biases_there_are(name, words):
-    assert groups.in_words(name) == words
+    ("nope+rope:SSSL:16 qkv_bias False", "windows"), ("hope:SL:4 logn", "HoPE:SL:4, log-n"),
+    ("rope qkv_bias False", "RoPE"), ("rope bias False qkv_bias False", "RoPE"),
+    ("hope bias False qkv_bias True logn", "HoPE, QKV biases, log-n"),
+    ("rope bias True qkv_bias True", "RoPE, all biases"), ("rope_qkv_bias", "RoPE, QKV biases"),
+    ("windows", "windows"), ("rope50", "rope50"), ("rope/ckpt_000100", "RoPE/ckpt_000100")])
+def test_pictures_name_networks_as_the_readme_does(name, words):
+    pe = re.match("hope|rope|", name)[0] or "nope"
+    assert report.styles([{"name": groups.in_words(name), "pe": pe}])[0]["label"] == words
 
 
 @pytest.mark.parametrize("text", ["rotary", "hope:SL", "hope+rope", "hope:SXL:4", "hope:SL:4:5"])

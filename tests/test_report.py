@@ -77,8 +77,8 @@ def test_the_command_in_a_json_file_can_be_pasted_and_nan_is_refused(tmp_path, m
 
 def test_the_first_run_of_an_encoding_has_a_solid_line_and_others_of_it_differ():
     pes = ("rope", "hope", "rope", "rope", "hope", "mine", "yours", "mine")
-    found = report.styles([{"pe": pe} for pe in pes])
-    assert [style["linestyle"] for style in found] == ["-", "-", "--", ":", "--", "-", "-", "--"]
+    found = report.styles([{"name": pe, "pe": pe} for pe in pes])
+    assert [style["linestyle"] for style in found] == ["-", "-", "--", "-.", "--", "-", "-", "--"]
     colors = [style["color"] for style in found]
     assert colors[0] == colors[2] and colors[5] == colors[7] and len(set(colors)) == 4
 
