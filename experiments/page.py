@@ -6,8 +6,9 @@ Where does a model lose the thread? A page that shows one passage, each token co
 The passage is one of --windows that begin at a line: the one whose losses are closest to their
 mean, so that nobody picks it. page.html is copied with the data as JSON in place of the word DATA:
 
-    {"root": path of the project, "L", "source", "windows", "vocab": [text, ...], "tokens",
-     "runs": [{"name", "mean", "full": PART, "local": PART}, ...]}     PART: {"loss", "top", "p"}
+    {"root": path of the project, "scripts": [file beside the page, ...], "L", "source", "windows",
+     "vocab": [text, ...], "tokens", "runs": [{"name", "mean", "full": PART, "local": PART}, ...]}
+    PART: {"loss", "top", "p"}
 
 full is given the full context; local holds the same from position L on, given the last L tokens.
 p are the probabilities of the five likeliest tokens at each position in per cent, 0 for those below
@@ -104,8 +105,9 @@ def make_page(args, checkpoints, names, device):
     vocab, tokens = number_tokens(windows[at].cpu(), runs)
     root = os.path.relpath(TEMPLATE.parents[1], Path(args.html).parent)
     texts = [tokenizer.decode_bytes([i]).decode(errors="backslashreplace") for i in vocab]
-    return {"root": root.replace(os.sep, "/"), "L": edges[1], "source": str(source),
-            "windows": len(windows), "vocab": texts, "tokens": tokens, "runs": runs}
+    return {"root": root.replace(os.sep, "/"), "scripts": args.scripts, "L": edges[1],
+            "source": str(source), "windows": len(windows), "vocab": texts, "tokens": tokens,
+            "runs": runs}
 
 
 # --- How it is stored ---------------------------------------------------------------------------
@@ -151,6 +153,8 @@ def main(argv=None):
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs, or checkpoints")
     add("--names", nargs="+", help="names of the runs; default: of their folders")
     add("--html", metavar="FILE.html", required=True, help="write the page to this file")
+    add("--scripts", nargs="+", default=[], metavar="FILE.js", help="scripts beside the page that "
+        "it loads; docs/text.html: weights.js live.js")
     add_text_flags(parser)
     add("--max_factor", type=flags.positive, default=8,
         help="length of the passage, in multiples of block_size")

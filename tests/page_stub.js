@@ -173,6 +173,7 @@ Object.assign(window, {listeners: {}, parentNode: null, addEventListener, dispat
   innerWidth: 1000, innerHeight: 800});
 document.parentNode = window;
 document.getElementById = id => withId(document, id);
+document.createElement = tag => new Element(tag);  // scripts that it loads are not run
 const location = {hash: ""};
 const history = {replaceState(_, __, address) { location.hash = address; }};
 const console = {error(...words) { throw Error(words.join(" ")); }};

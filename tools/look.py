@@ -6,8 +6,8 @@ Look at the project's pages in a browser: screenshots in out/look; exit code 1 i
 
 Needs playwright (pip install playwright) and an installed Chromium; --chromium says where. Each
 page is opened at two widths in light and dark. Errors are exceptions, messages of the console,
-requests to anywhere, and a page that is wider than its window. For people who change a page; the
-tests run without a browser.
+requests to anywhere but the page's folder, and a page that is wider than its window. For people who
+change a page; the tests run without a browser.
 """
 import argparse
 import itertools
@@ -33,7 +33,7 @@ def open_page(browser, path, size, scheme, state=""):
             errors.append(message.text)
 
     def on_request(request):
-        if request.url != page.url and not request.is_navigation_request():
+        if not request.url.startswith(path.resolve().parent.as_uri() + "/"):
             errors.append(f"request: {request.url}")
 
     page.on("pageerror", lambda error: errors.append(str(error)))
