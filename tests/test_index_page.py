@@ -114,10 +114,11 @@ def test_shares_of_the_attention_are_those_of_a_softmax(page, logn, bias):
 
 
 def test_others_with_a_higher_logit_than_A_are_counted(page):
-    others = [{"m": m, "logit": logit} for m, logit in enumerate((2, 2, 1, 5))]
-    for a, b, share in ((0, 3, 0.75), (1, 1, 0), (2, 3, 1)):
-        code = f"shareHigher({{A: m => [1, 2, 0, 0][m], others: {others}}}, {a}, {b})"
-        assert page.run(code) == share
+    s = page.run("s") | {"L": 32}
+    others, A = call(page, "[logits(r).others, distances(128, 128).map(logits(r).A)]", **s)
+    for a, b in ((0, 32), (33, 128), (7, 7)):
+        higher = [other["logit"] > A[other["m"]] for other in others if a <= other["m"] <= b]
+        assert call(page, f"shareHigher(logits(r), {a}, {b})", **s) == sum(higher) / len(higher)
 
 
 def test_the_numbers_are_those_of_the_results(page):
@@ -126,6 +127,8 @@ def test_the_numbers_are_those_of_the_results(page):
     for row in page.run("MEASURED.perplexity.filter(row => !row.bias && !row.logn)"):
         assert all(f"{value:.2f}" in page.text("picture") for value in row["ppl"])
     assert "73\xa0% of the rise" in page.text("reading")
+    assert page.run("MEASURED.perplexity.every(row => row.ppl.every("
+                    "(x, i) => !i || x > MEASURED.local[row.bias][i]))")  # dashed: the lowest
     page.click("bias")
     assert "8.8 times" in page.text("reading") and "14.00" not in page.text("picture")
 

@@ -77,8 +77,8 @@ def numbers():
     biases = json.loads((RESULTS / "biases_learned.json").read_text(encoding="utf-8"))["mean"]
     biases = ",\n    ".join(f"{pe}: {as_list(values)}" for pe, values in biases.items())
     return "\n".join([
-        "const MEASURED = {", f"  local: [{local[False]}, {local[True]}],",
-        f"  held: {held:.2f}, without: {without:.1f},",
+        "const MEASURED = {", f"  local: [{local[False]}, {local[True]}], "
+        f"held: {held:.2f}, without: {without:.1f},",
         "  perplexity: [", *rows, "  ],", f"  biases: {{{biases}}},", "};"])
 
 
