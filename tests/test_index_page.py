@@ -24,7 +24,7 @@ def random_settings(generator):
     draw = generator.uniform
     return {"pe": generator.choice(NAMES), "L": 2 ** generator.randint(5, 9), "D": 2 ** generator.
             randint(3, 9), "base": round(10 ** draw(1, 6), 1), "c": 2 ** draw(-2, 6),
-            "p": round(draw(0, 1), 2), "sharp": round(draw(1, 32), 1), "key": 3, "bias": 0}
+            "p": round(draw(0, 1), 2), "sharp": round(draw(1, 32), 1), "draw": 3, "bias": 0}
 
 
 def call(page, code, **values):
@@ -50,16 +50,35 @@ def test_pairs_frequencies_and_logits_are_those_of_the_model(page):
     generator = random.Random(0)
     for _ in range(40):
         s = random_settings(generator)
-        P, K, theta, A, B, phi = call(
-            page, "[r.P, r.K, r.theta, [...logits(r).A], [...logits(r).B], "
-            "r.theta.map((_, j) => angleOfB(j, 3))]", **s)
-        for found, angles in ((A, torch.zeros(P)), (B, -torch.tensor(phi, dtype=double))):
-            expected_theta, expected = logits_of_model(s, angles)
-            torch.testing.assert_close(torch.tensor(found, dtype=double), expected.double(),
-                                       rtol=0, atol=2e-3 * s["sharp"])  # float32 angles there
+        P, K, theta, others = call(page, "[r.P, r.K, r.theta, logits(r).others]", **s)
+        assert [other["m"] for other in others] == list(range(1, 4 * s["L"] + 1))[
+            max(1, s["L"] // 128) - 1::max(1, s["L"] // 128)]
+        other = generator.choice(others)
+        phi = call(page, f"r.theta.map((_, j) => randomAngle(j, {other['m']}, r.draw))", **s)
+        expected_theta, expected = logits_of_model(s, torch.zeros(P))
+        found = torch.tensor(call(page, f"distances({4 * s['L']}, 1e9).map(logits(r).A)", **s))
+        atol = 2e-3 * s["sharp"]  # float32 angles there
+        torch.testing.assert_close(found, expected.float(), rtol=0, atol=atol)
+        _, expected = logits_of_model(s, -torch.tensor(phi, dtype=double))
+        assert other["logit"] == pytest.approx(expected[other["m"]].item(), abs=atol)
         assert (K, P) == (len(expected_theta), s["D"] // 2) and not any(theta[K:]), s
         torch.testing.assert_close(torch.tensor(theta[:K], dtype=double), expected_theta.double(),
                                    rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pe", ("rope", "hope"))
+def test_others_are_random_keys(page, pe):
+    """Higher than A, over all draws: as often as keys with independent uniform angles."""
+    s = page.run("s") | {"pe": pe}
+    ranges = (1, 128), (129, 512)
+    found = [[call(page, f"shareHigher(logits(r), {a}, {b})", **s | {"draw": draw})
+              for a, b in ranges] for draw in range(1, 21)]
+    _, A = logits_of_model(s, torch.zeros(32))
+    angles = torch.rand(20_000, 32, generator=torch.Generator().manual_seed(1)) * 2 * math.pi
+    expected = (angles.cos().sum(1) * s["sharp"] / 32 > A[:, None]).double().mean(1)
+    expected = torch.stack([expected[a:b + 1].mean() for a, b in ranges])
+    torch.testing.assert_close(torch.tensor(found, dtype=double).mean(0), expected, rtol=0,
+                               atol=0.03)
 
 
 def test_an_angle_is_new_if_no_trained_distance_has_it(page):
@@ -79,7 +98,7 @@ def test_an_angle_is_new_if_no_trained_distance_has_it(page):
 def test_shares_of_the_attention_are_those_of_a_softmax(page, logn, bias):
     """Other keys have the mean of e^logit over all angles, a Bessel function for each pair."""
     s = page.run("s") | {"pe": "hope", "logn": logn, "bias": bias}
-    A = torch.tensor(call(page, "[...logits(r).A]", **s))
+    A = torch.tensor(call(page, "distances(8, 8).map(logits(r).A)", **s))
     octaves = torch.tensor(page.run("MEASURED.biases.hope")) * bias
     for n in (3, 128, 129, 1000):
         scale = max(1, math.log(n) / math.log(128)) if logn else 1
@@ -94,17 +113,24 @@ def test_shares_of_the_attention_are_those_of_a_softmax(page, logn, bias):
         torch.testing.assert_close(found, torch.tensor(parts), atol=1e-4, rtol=0)
 
 
-def test_false_matches_are_counted(page):
-    for a, b, share in ((0, 3, 0.75), (1, 1, 0), (2, 3, 1)):
-        assert page.run(f"shareOfFalse({{A: [1, 2, 0, 0], B: [2, 2, 1, 5]}}, {a}, {b})") == share
+def test_others_with_a_higher_logit_than_A_are_counted(page):
+    s = page.run("s") | {"L": 32}
+    others, A = call(page, "[logits(r).others, distances(128, 128).map(logits(r).A)]", **s)
+    for a, b in ((0, 32), (33, 128), (7, 7)):
+        higher = [other["logit"] > A[other["m"]] for other in others if a <= other["m"] <= b]
+        assert call(page, f"shareHigher(logits(r), {a}, {b})", **s) == sum(higher) / len(higher)
 
 
 def test_the_numbers_are_those_of_the_results(page):
     assert numbers() in HTML, "run python tools/index_numbers.py"
     page.act("go(6)")
     for row in page.run("MEASURED.perplexity.filter(row => !row.bias && !row.logn)"):
-        shown = row["ppl"] if row["pe"] in ("rope", "hope") else row["ppl"][-1:]
-        assert all(f"{value:.2f}" in page.text("picture") for value in shown)
+        assert all(f"{value:.2f}" in page.text("picture") for value in row["ppl"])
+    assert "73\xa0% of the rise" in page.text("reading")
+    assert page.run("MEASURED.perplexity.every(row => row.ppl.every("
+                    "(x, i) => !i || x > MEASURED.local[row.bias][i]))")  # dashed: the lowest
+    page.click("bias")
+    assert "8.8 times" in page.text("reading") and "14.00" not in page.text("picture")
 
 
 def test_what_biases_add_is_measured_as_the_model_computes_it():
@@ -132,6 +158,11 @@ def test_keys_and_buttons_walk_through_the_steps(page):
     page.key("title", "ArrowLeft")
     page.click("back")
     assert page.run("s.step") == 5
+    page.key("m", "PageUp")  # presenter remotes
+    page.key("title", "PageUp")
+    assert page.run("s.step") == 3
+    page.key("m", "PageDown")
+    assert page.run("s.step") == 4
 
 
 def test_space_plays_and_a_pointer_moves_the_distance(page):
@@ -149,11 +180,11 @@ def test_200_random_actions_leave_an_address_that_makes_the_page_again(width):
     actions = [
         *(lambda id=id: page.click(id) for id in (*NAMES, "bias", "logn", "play", "back", "next")),
         lambda: page.click(f"step-{draw(1, 7)}"),
-        lambda: page.key("title", ("ArrowLeft", "ArrowRight", " ")[draw(0, 2)]),
+        lambda: page.key("title", ("ArrowLeft", "ArrowRight", "PageUp", " ")[draw(0, 3)]),
         lambda: page.send("picture", "pointerdown", buttons=1, clientX=draw(-50, 1100)),
         lambda: page.input("m", draw(0, page.run("far"))),
         *(lambda key=key, last=last: page.input(key, draw(-8, last)) for key, last in (
-            ("L", 8), ("D", 7), ("base", 120), ("c", 24), ("p", 20), ("sharp", 10), ("key", 20)))]
+            ("L", 8), ("D", 7), ("base", 120), ("c", 24), ("p", 20), ("sharp", 10), ("draw", 20)))]
     for i in range(200):
         actions[draw(0, len(actions) - 1)]()
         page.check_content()

@@ -4,13 +4,17 @@ Put the measured numbers of experiments/results/ into docs/index.html, in place 
     python tools/index_numbers.py
     python tools/index_numbers.py --runs out/biases/*qkv_bias*     # biases_learned.json, too
 
-The perplexities are those of GROUPS: to show another encoding, add its group. biases_learned.json
+The perplexities are those of GROUPS: to show another encoding, add its group. Two numbers are about
+RoPE from L to 2 L: the share of its rise of the loss that goes if slow pairs keep the angle of
+distance L - 1 (held; causes.json), and by how much its perplexity is multiplied if biases lose
+their function of distance (without; causes_qkv.json). biases_learned.json
 holds what biases a of queries and b of keys add to each logit at distance m, a . R(m theta) b /
 sqrt(D), per encoding the mean over heads, layers and runs, around m = 0, 1, 3, 7, 15, ...: the i-th
 number is the mean over 2^(i - 1/2) <= m + 1 < 2^(i + 1/2).
 """
 import argparse
 import json
+import math
 import re
 import sys
 from collections import defaultdict
@@ -40,13 +44,20 @@ def learned(model):
     return torch.stack([mean[octaves == i].mean() for i in octaves.unique()])
 
 
+def losses(file, change):
+    """RoPE's losses in [0, L) and [L, 2 L) under a change of experiments/causes.py."""
+    groups = json.loads((RESULTS / file).read_text(encoding="utf-8"))["groups"]
+    rope = next(group for group in groups if group["name"] == "rope")
+    return [x["nll"] for x in rope["changes"][change]["ranges"][:2]]
+
+
 def as_list(values):
     return f"[{', '.join(f'{x:z.2f}' for x in values)}]"
 
 
 def numbers():
     """-> the lines of JavaScript that hold the numbers."""
-    rows, local, seeds = [], {}, set()
+    rows, local, seeds = [], {}, {}
     for file, name in GROUPS:
         groups = json.loads((RESULTS / file).read_text(encoding="utf-8"))["groups"]
         group = next(group for group in groups if group["name"] == name)
@@ -55,14 +66,19 @@ def numbers():
                              for key in ("ppl", "ppl_std", "ppl_local"))
         settings = f'pe: "{group["pe"]}", bias: {bias:d}, logn: {logn:d}'
         rows.append(f"    {{{settings}, ppl: {ppl}, std: {std}}},")
-        seeds.add(len(group["seeds"]))
+        seeds.setdefault(len(group["seeds"]), set()).add(group["pe"])
         if group["pe"] == "hope":
             local[bias] = cropped  # given at most L tokens, the encodings are alike
-    seeds = " to ".join(map(str, sorted(seeds)))
+    assert seeds == {5: {"rope", "hope"}, 3: {"prope", "nope"}}, "the page says this in words"
+    near, far = losses("causes.json", "nothing")
+    held = (far - losses("causes.json", "angles clamped")[1]) / (far - near)
+    without = math.exp(losses("causes_qkv.json", "a R b removed")[1]
+                       - losses("causes_qkv.json", "nothing")[1])
     biases = json.loads((RESULTS / "biases_learned.json").read_text(encoding="utf-8"))["mean"]
     biases = ",\n    ".join(f"{pe}: {as_list(values)}" for pe, values in biases.items())
     return "\n".join([
-        "const MEASURED = {", f'  seeds: "{seeds}", local: [{local[False]}, {local[True]}],',
+        "const MEASURED = {", f"  local: [{local[False]}, {local[True]}], "
+        f"held: {held:.2f}, without: {without:.1f},",
         "  perplexity: [", *rows, "  ],", f"  biases: {{{biases}}},", "};"])
 
 
