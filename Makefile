@@ -27,7 +27,7 @@ demo: $(VENV)/installed
 	$(MAKE) --no-print-directory -j 2 trainings
 	$(RUN) eval_extrapolation.py $(DEMO:%=out/demo/%) --json out/demo/results.json --plot out/demo/results.png
 	$(RUN) -m experiments.page $(DEMO:%=out/demo/%) --html out/demo/page.html \
-	    --names RoPE HoPE "RoPE, QKV biases" "RoPE in windows"
+	    --names RoPE HoPE "RoPE, QKV biases" windows
 	@echo "the tables: out/demo/results.json; the picture: out/demo/results.png; a text as the models read it:"
 	@echo "out/demo/page.html; the idea in six steps: docs/index.html"
 
