@@ -159,10 +159,9 @@ SCRIPTS = {"train.py": train, "sample.py": sample, "eval_extrapolation.py": eval
 
 
 def test_the_commands_of_a_night_work_one_after_the_other(tmp_path, monkeypatch, capsys):
-    """Of docs/night.md, with small networks. Those that choose config/night_cpu are parsed."""
+    """Of docs/night.md, with small networks. Those of experiments/NIGHT.md are parsed."""
     pytest.importorskip("matplotlib")
-    night, choosing = text_of("docs/night.md").split("## How night_cpu is chosen")
-    commands = re.findall(r"^python (?:-m )?(\S+) (.*)", night, re.M)
+    commands = re.findall(r"^python (?:-m )?(\S+) (.*)", text_of("docs/night.md"), re.M)
     monkeypatch.chdir(tmp_path)
     Path("config").symlink_to(PROJECT / "config")
     words = random.Random(0).choices("It was “dark”. Été – ‘old’\n".split(" "), k=6000)
@@ -175,7 +174,7 @@ def test_the_commands_of_a_night_work_one_after_the_other(tmp_path, monkeypatch,
     printed = capsys.readouterr().out
     assert len(commands) >= 9 and "step 12 of 12" in printed and "perplexity by position" in printed
     assert Path("out/novel/losses.png").exists() and not log("out/novel")[0]["sample"].isascii()
-    planned = re.findall(r"^python train.py (.*)", choosing, re.M)
+    planned = re.findall(r"^python train.py (.*)", text_of("experiments/NIGHT.md"), re.M)
     for command in planned:
         train.parse(shlex.split(command))
     assert len(planned) == 5
