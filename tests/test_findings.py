@@ -17,6 +17,7 @@ measured are 2410.21216, a paper, or p of 0.75-RoPE.
 import json
 import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,10 @@ def entries(value, step):
     if "=" in step:
         key, wanted = step.split("=", 1)
         return [next(entry for entry in value if str(entry[key]) == wanted)]
-    return [value[int(i)] for i in step.split(",")] if isinstance(value, list) else [value[step]]
+    if isinstance(value, dict):
+        return [value[step]]
+    ranges = [i.partition(":") for i in step.split(",")]  # 3, or the mean over 3:7
+    return [statistics.mean(value[int(a):int(b)]) if b else value[int(a)] for a, _, b in ranges]
 
 
 def values_of(line):
