@@ -2,7 +2,7 @@
 Losses of runs, while they train or after, in one picture:
 
     python -m experiments.curves out/rope out/hope --plot losses.png
-    python -m experiments.curves out/rope out/hope --x seconds --plot losses.png
+    python -m experiments.curves out/rope out/hope --x seconds --plot losses.png --json losses.json
 
 With markers: validation loss; thin: training loss. train.py leaves them in a run's log.jsonl.
 """
@@ -34,6 +34,7 @@ def plot(folders, x, path):
     panel.set(xlabel=f"{X_AXES[x]}\nwith markers: validation; thin: training",
               ylabel="loss (nats per token)")
     panel.xaxis.set_major_formatter("{x:,.10g}")
+    panel.ticklabel_format(axis="y", useOffset=False)
     report.save_picture(figure, panel, "How does the loss fall?", path)
 
 
@@ -43,8 +44,15 @@ def main(argv=None):
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs")
     add("--x", choices=X_AXES, default="iter", help="the horizontal axis")
     add("--plot", required=True, metavar="FILE.png", help="the picture to write")
+    add("--json", metavar="FILE", help="write the logs to this file, with flags and text of each run")
     args = parser.parse_args(argv)
     plot(args.runs, args.x, args.plot)
+    if args.json:
+        runs = zip(args.runs, report.run_names(args.runs), map(load_checkpoint, args.runs))
+        report.write_json(args.json, "-m experiments.curves", {"runs": [
+            {"name": name, "args": checkpoint["args"],
+             "dataset_sha256": checkpoint["dataset"]["sha256"], "log": read_log(folder)}
+            for folder, name, checkpoint in runs]})
 
 
 if __name__ == "__main__":
