@@ -191,6 +191,7 @@ function readOn() {  // 16 characters at a time, so that the page answers
       const next = network.length + 1, probabilities = network.read(ids[next - 1]);
       ownLosses[i].push(-Math.log(probabilities[ids[next]]));
       ownSpans[i][next].style.background = tint(ownLosses[i][next], "loss");
+      ownSpans[i][next].style.opacity = 1;
     });
   }
   drawOwnTable();
@@ -206,14 +207,16 @@ function drawOwnTable() {
   const rows = networks.map(({name}, i) => `<tr><th class="name" ${mine(i)}>${escaped(name)}</th>
     <td>${perplexity(ownLosses[i].slice(1, context + 1))}</td>
     <td>${perplexity(ownLosses[i].slice(context + 1))}</td></tr>`);
-  $("own_table").innerHTML = `<tr><th>perplexity</th><th>within L = ${context}</th>
+  const state = isRead() ? "perplexity" : `reading ${ownLosses[0].length} of ${ids.length}`;
+  $("own_table").innerHTML = `<tr><th>${state}</th><th>within L = ${context}</th>
     <th>beyond L</th></tr>${rows.join("")}`;
 }
 
 function drawOwnTexts() {
   $("own_texts").innerHTML = networks.map(({name}, i) => {
     const marked = characters.map((c, at) => `<s class="${at == context + 1 ? "mark" : ""}"
-      style="background: ${tint(ownLosses[i][at], "loss")}">${visible(c, true)}</s>`);
+      style="${at < ownLosses[i].length ? `background: ${tint(ownLosses[i][at], "loss")}`
+        : "opacity: 0.4"}">${visible(c, true)}</s>`);  // pale: not read yet
     return `<div><h3 class="name" ${mine(i)}>${escaped(name)}</h3>
       <pre>${marked.join("")}</pre></div>`;
   }).join("");
