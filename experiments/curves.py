@@ -44,7 +44,7 @@ def main(argv=None):
     add("runs", nargs="+", metavar="OUT_DIR", help="folders of runs")
     add("--x", choices=X_AXES, default="iter", help="the horizontal axis")
     add("--plot", required=True, metavar="FILE.png", help="the picture to write")
-    add("--json", metavar="FILE", help="write the logs to this file, with flags and text of each run")
+    add("--json", metavar="FILE", help="write logs and flags of the runs to this file")
     args = parser.parse_args(argv)
     plot(args.runs, args.x, args.plot)
     if args.json:
