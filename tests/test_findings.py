@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import train
+from common.report import mean_and_stderr
 from model import GPT, PE, GPTConfig, rotate
 
 PROJECT = Path(__file__).parents[1]
@@ -131,6 +132,24 @@ def test_a_wrong_number_is_found():
     assert len(list(wrong_numbers(table.format(value + 0.01), lines))) == 1
     assert len(list(wrong_numbers(text.format(value, 100 * value + 1), lines + lines[1:]))) == 1
     assert len(list(wrong_numbers(table.format(value), []))) == 1
+
+
+def hope_minus_rope(name, seed, i):
+    """In a file of results, without biases and log-n, in the i-th range: nats per token."""
+    runs = json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]
+    nll = {run["pe"]: run["buckets"][i]["nll"] for run in runs
+           if run["seed"] == seed and run["attn_scaling"] == "none"
+           and not run["config"]["bias"] and not run["config"]["qkv_bias"]}
+    return nll["hope"] - nll["rope"]
+
+
+def test_without_biases_hopes_lead_is_the_same_with_muon_and_with_adamw():
+    """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
+    for i in range(5):
+        mean, stderr = mean_and_stderr([hope_minus_rope("adamw_none.json", seed, i)
+                                        - hope_minus_rope("biases.json", seed, i)
+                                        for seed in (1, 2, 3)])
+        assert abs(mean) < 4.30 * stderr and abs(mean) < 0.05
 
 
 def test_the_seed_of_the_demo_is_that_of_the_rule():
