@@ -23,14 +23,12 @@ def read_log(out_dir):
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def plot(folders, x, path):
+def plot(runs, x, path):
     figure, panel = report.import_pyplot().subplots(figsize=(9.5, 5.5))
-    runs = [load_checkpoint(folder)["config"] | {"name": name}
-            for folder, name in zip(folders, report.run_names(folders))]
-    for folder, style in zip(folders, report.styles(runs)):
-        log = read_log(folder)
-        draw_line(panel, log, x, "val_loss", markersize=5, **style)
-        draw_line(panel, log, x, "train_loss", color=style["color"], linewidth=0.8, alpha=0.5)
+    for run, style in zip(runs, report.styles(runs)):
+        draw_line(panel, run["log"], x, "val_loss", markersize=5, **style)
+        draw_line(panel, run["log"], x, "train_loss", color=style["color"], linewidth=0.8,
+                  alpha=0.5)
     panel.set(xlabel=f"{X_AXES[x]}\nwith markers: validation; thin: training",
               ylabel="loss (nats per token)")
     panel.xaxis.set_major_formatter("{x:,.10g}")
@@ -46,13 +44,13 @@ def main(argv=None):
     add("--plot", required=True, metavar="FILE.png", help="the picture to write")
     add("--json", metavar="FILE", help="write logs and flags of the runs to this file")
     args = parser.parse_args(argv)
-    plot(args.runs, args.x, args.plot)
-    if args.json:
-        runs = zip(args.runs, report.run_names(args.runs), map(load_checkpoint, args.runs))
-        report.write_json(args.json, "-m experiments.curves", {"runs": [
-            {"name": name, "args": checkpoint["args"],
+    named = zip(args.runs, report.run_names(args.runs), map(load_checkpoint, args.runs))
+    runs = [{"name": name, "pe": checkpoint["config"]["pe"], "args": checkpoint["args"],
              "dataset_sha256": checkpoint["dataset"]["sha256"], "log": read_log(folder)}
-            for folder, name, checkpoint in runs]})
+            for folder, name, checkpoint in named]
+    plot(runs, args.x, args.plot)
+    if args.json:
+        report.write_json(args.json, "-m experiments.curves", {"runs": runs})
 
 
 if __name__ == "__main__":
