@@ -7,7 +7,8 @@ removed at evaluation from trained models.
 Unknown angles. A pair that does not complete a turn within L tokens (a slow pair) meets, beyond L,
 angles between query and key that never occurred in training. "angles clamped" gives the slow pairs
 of keys that are L or more tokens away the angle of distance L - 1. Fast pairs, and all pairs at
-smaller distances, keep theirs. ReRoPE (J. Su) clamps the distance of all pairs in this way.
+smaller distances, keep theirs. ReRoPE (J. Su) clamps the distance of all pairs in this way. "angles
+0", as known from training, is the control: it lets the slow pairs match far keys like near ones.
 
 Dilution. A query at position n >= L compares n + 1 keys. "L keys sampled" lets it see the nearest
 L / 2, and L / 2 of the others, drawn at random for each query and layer (heads and windows share
@@ -48,7 +49,7 @@ class Change:
     """What is changed in the full layers, for keys that are L or more tokens away and queries that
     see more than L; biases in all layers, everywhere."""
 
-    clamped: bool = False  # the angles of the slow pairs
+    clamped: float | None = None  # slow pairs have the angle of this share of distance L - 1
     silent: bool = False  # the fast pairs are left out
     keys: str = "all"  # that a query sees: all, sampled or last
     logn: bool = False
@@ -57,11 +58,12 @@ class Change:
 
 CHANGES = {
     "nothing": Change(),
-    "angles clamped": Change(clamped=True),
+    "angles clamped": Change(clamped=1),
+    "angles 0": Change(clamped=0),
     "fast pairs silent": Change(silent=True),
     "L keys sampled": Change(keys="sampled"),
     "log-n": Change(logn=True),
-    "all three": Change(clamped=True, silent=True, keys="sampled"),
+    "all three": Change(clamped=1, silent=True, keys="sampled"),
     "last L keys": Change(keys="last"),
     "biases of q and k 0": Change(biases="0"),
     "a R b removed": Change(biases="no a R b"),
@@ -73,8 +75,9 @@ def far_rotations(theta, pos, L, change):
     same at all distances."""
     slow, angle = theta * L < 2 * math.pi, pos[:, None] * theta
     for_q = for_k = angle
-    if change.clamped:
-        for_q, for_k = torch.where(slow, (L - 1) * theta, angle), torch.where(slow, 0.0, angle)
+    if change.clamped is not None:
+        for_q = torch.where(slow, change.clamped * (L - 1) * theta, angle)
+        for_k = torch.where(slow, 0.0, angle)
     heard = slow.float() if change.silent else torch.ones_like(theta)  # (K,)
     return (for_q.cos() * heard, for_q.sin() * heard), (for_k.cos(), for_k.sin())
 
@@ -105,7 +108,7 @@ def attention(model, attn, x, kind, change, generator, chunk):
     if (scale := model.query_scale(scaled, pos, window, rotary is not None)) is not None:
         q = q * scale
     if rotary is not None:
-        if change.clamped or change.silent:
+        if change.clamped is not None or change.silent:
             for_q, for_k = far_rotations(pe.theta, pos, L, change)
             far_q, far_k = rotate(q, *for_q), rotate(k, *for_k)
         q, k = rotate(q, *rotary), rotate(k, *rotary)

@@ -84,8 +84,8 @@ def expected_logit(q, k, a, b, n, m, theta, rotated, change):
             angle = (n - m) * frequency
             if far and fast and change.silent:
                 continue
-            if far and not fast and change.clamped:
-                angle = (L - 1) * frequency
+            if far and not fast and change.clamped is not None:
+                angle = change.clamped * (L - 1) * frequency
         product = q[n, j] * k[m, j].conj()
         if change.biases != "true":
             product -= a[j] * b[j].conj()
