@@ -134,21 +134,36 @@ def test_a_wrong_number_is_found():
     assert len(list(wrong_numbers(table.format(value), []))) == 1
 
 
-def hope_minus_rope(name, seed, i):
-    """In a file of results, without biases and log-n, in the i-th range: nats per token."""
+def hope_minus_rope(name, i, qkv=False, scaling="none"):
+    """In a file of results, in the i-th range -> {seed: nats per token}. Not with all biases."""
     runs = json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]
-    nll = {run["pe"]: run["buckets"][i]["nll"] for run in runs
-           if run["seed"] == seed and run["attn_scaling"] == "none"
-           and not run["config"]["bias"] and not run["config"]["qkv_bias"]}
-    return nll["hope"] - nll["rope"]
+    nll = {(run["args"]["pe"], run["seed"]): run["buckets"][i]["nll"] for run in runs
+           if run["attn_scaling"] == scaling and run["config"]["qkv_bias"] == qkv
+           and not run["config"]["bias"]}
+    return {seed: nll["hope", seed] - nll["rope", seed] for pe, seed in nll if pe == "hope"}
+
+
+@pytest.mark.parametrize("name, qkv, scaling, behind, ahead", [
+    ("biases.json", False, "none", (), (1, 2, 3, 4)),
+    ("biases.json", False, "logn", (), (1, 2, 3, 4)),
+    ("long.json", False, "none", (), (0, 1, 2, 3, 4)),
+    ("long.json", False, "logn", (), (0, 1, 2, 3, 4)),
+    ("biases.json", True, "none", (1,), (2, 3, 4)), ("long.json", True, "none", (1,), ()),
+    ("biases.json", True, "logn", (1,), ()), ("long.json", True, "logn", (1, 3, 4), ())])
+def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scaling, behind, ahead):
+    """Questions 1 and 3 of FINDINGS.md, by a t test with five seeds, p = 0.05."""
+    for i in range(5):
+        differences = hope_minus_rope(name, i, qkv, scaling)
+        mean, stderr = mean_and_stderr(list(differences.values()))
+        assert len(differences) == 5
+        assert ((mean > 2.776 * stderr), (mean < -2.776 * stderr)) == (i in behind, i in ahead)
 
 
 def test_without_biases_hopes_lead_is_the_same_with_muon_and_with_adamw():
     """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
     for i in range(5):
-        mean, stderr = mean_and_stderr([hope_minus_rope("adamw_none.json", seed, i)
-                                        - hope_minus_rope("biases.json", seed, i)
-                                        for seed in (1, 2, 3)])
+        muon, adamw = (hope_minus_rope(f"{name}.json", i) for name in ("biases", "adamw_none"))
+        mean, stderr = mean_and_stderr([adamw[seed] - muon[seed] for seed in (1, 2, 3)])
         assert abs(mean) < 4.30 * stderr and abs(mean) < 0.05
 
 
