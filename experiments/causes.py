@@ -8,7 +8,7 @@ Unknown angles. A pair that does not complete a turn within L tokens (a slow pai
 angles between query and key that never occurred in training. "angles clamped" gives the slow pairs
 of keys that are L or more tokens away the angle of distance L - 1. Fast pairs, and all pairs at
 smaller distances, keep theirs. ReRoPE (J. Su) clamps the distance of all pairs in this way. "angles
-0", as known from training, is the control: it lets the slow pairs match far keys like near ones.
+halved" and "angles 0", those of half this distance and of none, are known from training, too.
 
 Dilution. A query at position n >= L compares n + 1 keys. "L keys sampled" lets it see the nearest
 L / 2, and L / 2 of the others, drawn at random for each query and layer (heads and windows share
@@ -59,6 +59,7 @@ class Change:
 CHANGES = {
     "nothing": Change(),
     "angles clamped": Change(clamped=1),
+    "angles halved": Change(clamped=0.5),
     "angles 0": Change(clamped=0),
     "fast pairs silent": Change(silent=True),
     "L keys sampled": Change(keys="sampled"),
