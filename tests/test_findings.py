@@ -159,7 +159,7 @@ def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scaling, beh
         assert ((mean > 2.776 * stderr), (mean < -2.776 * stderr)) == (i in behind, i in ahead)
 
 
-def test_without_biases_hopes_lead_is_the_same_with_muon_and_with_adamw():
+def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw():
     """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
     for i in range(5):
         muon, adamw = (hope_minus_rope(f"{name}.json", i) for name in ("biases", "adamw_none"))
