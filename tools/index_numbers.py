@@ -6,11 +6,11 @@ Put the measured numbers of experiments/results/ into docs/index.html, in place 
 
 The perplexities are those of GROUPS: to show another encoding, add its group. Two numbers are about
 RoPE from L to 2 L: the share of its rise of the loss that goes if slow pairs keep the angle of
-distance L - 1 (held; causes.json), and by how much its perplexity is multiplied if biases lose
-their function of distance (without; causes_qkv.json). biases_learned.json
-holds what biases a of queries and b of keys add to each logit at distance m, a . R(m theta) b /
-sqrt(D), per encoding the mean over heads, layers and runs, around m = 0, 1, 3, 7, 15, ...: the i-th
-number is the mean over 2^(i - 1/2) <= m + 1 < 2^(i + 1/2).
+distance (L - 1) / 2 (held; causes.json), and by how much its perplexity is multiplied if biases
+lose their function of distance (without; causes_qkv.json). biases_learned.json holds what biases a
+of queries and b of keys add to each logit at distance m, a . R(m theta) b / sqrt(D), per encoding
+the mean over heads, layers and runs, around m = 0, 1, 3, 7, 15, ...: the i-th number is the mean
+over 2^(i - 1/2) <= m + 1 < 2^(i + 1/2).
 """
 import argparse
 import json
@@ -71,7 +71,7 @@ def numbers():
             local[bias] = cropped  # given at most L tokens, the encodings are alike
     assert seeds == {5: {"rope", "hope"}, 3: {"prope", "nope"}}, "the page says this in words"
     near, far = losses("causes.json", "nothing")
-    held = (far - losses("causes.json", "angles clamped")[1]) / (far - near)
+    held = (far - losses("causes.json", "angles halved")[1]) / (far - near)
     without = math.exp(losses("causes_qkv.json", "a R b removed")[1]
                        - losses("causes_qkv.json", "nothing")[1])
     biases = json.loads((RESULTS / "biases_learned.json").read_text(encoding="utf-8"))["mean"]
