@@ -44,7 +44,7 @@ from train import TrainConfig
 
 # the arrangement sets the other fields
 NETWORK = ("block_size", "n_layer", "n_head", "n_embd", "bias", "qkv_bias", "rope_base",
-           "prope_fraction", "hope_cutoff", "local_rope_base", "attn_scaling")
+           "prope_fraction", "hope_cutoff", "local_rope_base")
 
 # --- Small models: training and testing -----------------------------------------------------------
 
@@ -110,8 +110,8 @@ def train_and_test_all(args, device):
     """-> the run of each network and seed."""
     if args.block_size < tasks_of(args).shortest:
         raise ValueError(f"--block_size must be at least {tasks_of(args).shortest} for the tasks")
-    network = {name: getattr(args, name) for name in NETWORK} | {"vocab_size": VOCAB_SIZE}
-    configs = [GPTConfig(**network | fields_of(pe)) for pe in args.pe]
+    network = {name: getattr(args, name) for name in (*NETWORK, "attn_scaling")}
+    configs = [GPTConfig(vocab_size=VOCAB_SIZE, **network | fields_of(pe)) for pe in args.pe]
     return [train_and_test(config, seed, args, device) for config in configs for seed in args.seed]
 
 
@@ -176,7 +176,7 @@ def test_language_models(args, device):
     windows, passages, needles = (text.to(device.torch_device) for text in texts)
     middle, runs = needles.size(1) // 2, []
     for name, checkpoint in zip(names, checkpoints):
-        model = load_model(checkpoint).to(device.torch_device)
+        model = load_model(checkpoint, attn_scaling=args.attn_scaling).to(device.torch_device)
         with device.autocast():
             found = {"distances": [copy_in_text(model, windows, passages, distance)
                                    for distance in distances],
@@ -186,7 +186,8 @@ def test_language_models(args, device):
         runs.append({"name": name, "pe": config["pe"], "block_size": config["block_size"],
                      "iter": checkpoint["iter"], "seed": checkpoint["args"]["seed"], **found})
     chance = windows.flatten().bincount().max().item() / windows.numel()
-    return {"dataset_sha256": text_sha256, "most_frequent_token": chance, "distances": distances,
+    return {"dataset_sha256": text_sha256, "attn_scaling": args.attn_scaling,
+            "most_frequent_token": chance, "distances": distances,
             "runs": runs, "means": output.mean_over_seeds(
                 runs, output.names_of(checkpoints), "pe", "distances", "needles")}
 
@@ -253,6 +254,7 @@ def make_parser():
     add("runs", nargs="*", metavar="OUT_DIR", help="runs' folders or checkpoints")
     add("--max_factor", type=flags.positive, default=16,
         help="longest context in multiples of block_size")
+    flags.add_flags(parser, GPTConfig, "attn_scaling")
     report.add_output_flags(parser, "accuracy by length or distance")
     flags.add_flags(parser, DeviceConfig)
 

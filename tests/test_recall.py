@@ -258,10 +258,16 @@ def test_language_models_write_json_and_picture(finished_run, tmp_path):
 
 
 def test_needles_are_shuffled_passages_scored_from_their_middle(finished_run, monkeypatch):
-    calls = []
-    monkeypatch.setattr(recall, "copy_in_text", lambda model, *rest: calls.append(rest))
-    flags = [finished_run, "--max_factor", "2", "--windows", "9"]
+    calls, scalings = [], set()
+
+    def record(model, *rest):
+        calls.append(rest)
+        scalings.add(model.config.attn_scaling)
+
+    monkeypatch.setattr(recall, "copy_in_text", record)
+    flags = [finished_run, "--max_factor", "2", "--windows", "9", "--attn_scaling", "logn"]
     recall.test_language_models(recall.make_parser().parse_args(flags), Device(DeviceConfig("cpu")))
+    assert scalings == {"logn"}
     passages, needles = calls[:4], calls[4:]
     assert [call[2:] for call in passages] == [(distance,) for distance in (4, 8, 12, 16)]
     assert [call[2:] for call in needles] == [(distance, 2) for distance in (4, 8, 12, 16)]
