@@ -2,7 +2,7 @@
 Why the loss rises beyond the trained context L: three causes, and biases, which keep it low, each
 removed at evaluation from trained models.
 
-    python -m experiments.causes score out/factorial/*seed-* --json causes.json
+    python -m experiments.causes score out/grid/*seed-* --json causes.json
 
 Unknown angles. A pair that does not complete a turn within L tokens (a slow pair) meets, beyond L,
 angles between query and key that never occurred in training. "angles clamped" gives the slow pairs
