@@ -14,6 +14,7 @@ it stands for no row itself. A number in place of a path is a setting, not measu
 Measured numbers are those with a decimal point, and percentages, which are 100 times the value. Not
 measured are 2410.21216, a paper, or p of 0.75-RoPE.
 """
+import itertools
 import json
 import math
 import re
@@ -143,20 +144,27 @@ def hope_minus_rope(name, i, qkv=False, scaling="none"):
     return {seed: nll["hope", seed] - nll["rope", seed] for pe, seed in nll if pe == "hope"}
 
 
-@pytest.mark.parametrize("name, qkv, scaling, behind, ahead", [
-    ("biases.json", False, "none", (), (1, 2, 3, 4)),
-    ("biases.json", False, "logn", (), (1, 2, 3, 4)),
-    ("long.json", False, "none", (), (0, 1, 2, 3, 4)),
-    ("long.json", False, "logn", (), (0, 1, 2, 3, 4)),
-    ("biases.json", True, "none", (1,), (2, 3, 4)), ("long.json", True, "none", (1,), ()),
-    ("biases.json", True, "logn", (1,), ()), ("long.json", True, "logn", (1, 3, 4), ())])
-def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scaling, behind, ahead):
-    """Questions 1 and 3 of FINDINGS.md, by a t test with five seeds, p = 0.05."""
-    for i in range(5):
+BEYOND = (1, 2, 3, 4)  # the ranges beyond L
+
+
+@pytest.mark.parametrize("name, qkv, scalings, behind, ahead", [
+    ("biases.json", False, ("none", "logn"), (), BEYOND),
+    ("long.json", False, ("none", "logn"), (), (0, *BEYOND)),
+    ("biases.json", True, ("none",), (1,), (2, 3, 4)), ("long.json", True, ("none",), (1,), ()),
+    ("biases.json", True, ("logn",), (1,), ()), ("long.json", True, ("logn",), (1, 3, 4), ()),
+    ("slow_biases.json", False, ("none", "logn"), (), BEYOND),
+    ("slow_biases.json", True, ("none", "logn"), (), (2, 3, 4)),
+    ("adamw_qkv.json", False, ("none", "logn"), (), BEYOND),
+    ("adamw_qkv.json", True, ("none", "logn"), (), BEYOND),
+    ("small_heads.json", False, ("none", "logn"), (), BEYOND),
+    ("base_1e4.json", False, ("none", "logn"), (), (2, 3, 4))])
+def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scalings, behind, ahead):
+    """What the pages say of it, by a t test over three or five seeds, p = 0.05."""
+    for scaling, i in itertools.product(scalings, range(5)):
         differences = hope_minus_rope(name, i, qkv, scaling)
         mean, stderr = mean_and_stderr(list(differences.values()))
-        assert len(differences) == 5
-        assert ((mean > 2.776 * stderr), (mean < -2.776 * stderr)) == (i in behind, i in ahead)
+        limit = {3: 4.303, 5: 2.776}[len(differences)] * stderr
+        assert (mean > limit, mean < -limit) == (i in behind, i in ahead)
 
 
 def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw():
