@@ -39,7 +39,6 @@ class Element extends Node {
   scrollIntoView() {}
   getAttribute(name) { return this.attributes[name] ?? null; }
   setAttribute(name, value) { this.attributes[name] = String(value); }
-  get dataset() { return new Proxy(this, {get: (e, key) => e.attributes["data-" + key]}); }
   get style() {
     return this.styles ??= {setProperty(name, value) { this[camel(name)] = String(value); }};
   }
@@ -72,12 +71,11 @@ class Element extends Node {
   click() { stub.click(this); }
   get value() { return this.given ?? this.limited(this.getAttribute("value") ?? ""); }
   set value(value) { this.given = this.limited(String(value)); }
-  limited(value) {  // a slider never holds a value outside its limits, or between its steps
+  limited(value) {  // a slider never holds a value outside its limits, or a fraction
     if (this.type != "range") return value;
     const [min, max] = [+(this.getAttribute("min") ?? 0), +(this.getAttribute("max") ?? 100)];
     if (value === "" || isNaN(value)) return String((min + max) / 2);
-    const step = +(this.getAttribute("step") ?? 1), x = Math.min(Math.max(+value, min), max);
-    return String(min + Math.round((x - min) / step) * step);
+    return String(Math.round(Math.min(Math.max(+value, min), max)));
   }
   get checked() { return this.on ?? "checked" in this.attributes; }
   set checked(on) {
@@ -101,16 +99,7 @@ function descendants(node, found = []) {
   }
   return found;
 }
-function withId(node, id) {
-  for (const child of node.childNodes) if (child instanceof Element) {
-    const found = child.attributes.id === id ? child : withId(child, id);
-    if (found) return found;
-  }
-  return null;
-}
-const compounds = {};
 function compound(selector) {  // "a.b#c[d=e]:checked" -> a list of tests
-  if (compounds[selector]) return compounds[selector];
   const tests = [], part = /([#.]?)([\w-]+)|\[([\w-]+)="?([^\]"]*)"?\]|:(checked)/g;
   const rest = selector.replace(part, (_, kind, name, attribute, value, checked) => {
     if (checked) tests.push(e => e.checked);
@@ -121,15 +110,13 @@ function compound(selector) {  // "a.b#c[d=e]:checked" -> a list of tests
     return "";
   });
   if (rest || !tests.length) throw Error("page_stub.js cannot read the selector " + selector);
-  return compounds[selector] = tests;
+  return tests;
 }
-function paths(selector) {  // "main a, b" -> [["main", "a"], ["b"]]
-  const found = selector.split(",").map(part => part.trim().split(/\s+/));
-  found.flat().forEach(compound);  // throws if it cannot read it
-  return found;
+function paths(selector) {  // "main a, b" -> [[tests of main, tests of a], [tests of b]]
+  return selector.split(",").map(part => part.trim().split(/\s+/).map(compound));
 }
 function matchesPath(element, path) {  // the last part is the element's, the others are ancestors'
-  if (!compound(path[path.length - 1]).every(test => test(element))) return false;
+  if (!path[path.length - 1].every(test => test(element))) return false;
   if (path.length == 1) return true;
   for (let e = element.parentNode; e instanceof Element; e = e.parentNode)
     if (matchesPath(e, path.slice(0, -1))) return true;
@@ -172,11 +159,10 @@ const {addEventListener, dispatchEvent} = Node.prototype;
 Object.assign(window, {listeners: {}, parentNode: null, addEventListener, dispatchEvent,
   innerWidth: 1000, innerHeight: 800});
 document.parentNode = window;
-document.getElementById = id => withId(document, id);
+document.getElementById = id => descendants(document).find(e => e.id === id) ?? null;
 document.createElement = tag => new Element(tag);  // scripts that it loads are not run
 const location = {hash: ""};
 const history = {replaceState(_, __, address) { location.hash = address; }};
-const console = {error(...words) { throw Error(words.join(" ")); }};
 const queue = [];  // what is scheduled: [number, function]
 const schedule = f => { queue.push([++stub.scheduled, f]); return stub.scheduled; };
 const unschedule = id => {
@@ -232,12 +218,10 @@ const stub = {
     this.send(target, "change");
   },
   click(target) {
-    const element = this.find(target), changes = ["radio", "checkbox"].includes(element.type);
-    if (changes) element.checked = element.type == "radio" || !element.checked;
+    const element = this.find(target);
+    if (element.type == "radio") element.checked = true;
     this.send(element, "pointerdown", {buttons: 1, offsetX: 0, clientX: 0});
     this.send(element, "click");
-    if (changes) this.send(element, "input");
-    if (changes) this.send(element, "change");
   },
   text(node) {
     if (node instanceof Text) return node.data;
