@@ -46,8 +46,6 @@ MISTAKES = {
         ("--max_iters many", "--max_iters"), ("--max_iters 0", "max_iters"),
         ("@{tmp}/none", "none"), ("--dataset {tmp}/none", "data.prepare"),
         ("--dataset {data} --block_size 1000000", "--block_size"), ("--device gpu", "--device"),
-        ("--n_embd 33 --n_head 2", "n_head"), ("--n_embd 30 --n_head 2 --pe hope", "even"),
-        ("--window_pattern SX", "S and L"), ("--pe nope --rope_scaling pi", "rope_scaling"),
         ("--out_dir {run}", "--resume"), ("--out_dir {best}", "--resume"),
         ("--resume --out_dir {tmp}/none", "no checkpoint"),
         ("--resume --out_dir {run} --pe rope", "--pe was hope and is now rope"),

@@ -66,7 +66,7 @@ def test_endoftext_in_the_start_is_the_token_between_documents(tmp_path, capsys,
 
 
 @pytest.mark.parametrize("temperature, top_k, odds", [
-    (0, 2, math.inf), (1, 1, math.inf), (0.5, 2, 81), (1, 2, 9), (2, 2, 3)])
+    (0, 2, math.inf), (1e-320, 2, math.inf), (1, 1, math.inf), (0.5, 2, 81), (1, 2, 9), (2, 2, 3)])
 def test_temperature_divides_the_logits(tmp_path, capsys, temperature, top_k, odds):
     """With p = 0.9 and 0.1: at temperature 2 the odds of 9 become 3, at 0.5 they become 81."""
     save_checkpoint(tmp_path / "run.pt", constant_checkpoint([0.9, 0.1, 1e-30, 1e-30]))
