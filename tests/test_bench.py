@@ -15,7 +15,6 @@ SIZES = "--n_layer 2 --n_head 2 --n_embd 16 --block_size 8 --vocab_size 11 --bat
 
 
 def test_the_baseline_is_gpt2_without_biases():
-    """Its weights, put into this GPT with learned positions, give the same logits and loss."""
     config = GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, bias=False,
                        pe="learned")
     theirs, ours = bench.NanoGPT(config), GPT(config)

@@ -26,8 +26,6 @@ from common.checkpoint import (
 from model import GPTConfig
 from tests.conftest import TINY_FLAGS, Harmful, constant_checkpoint, tiny
 
-# --- reading
-
 
 def test_a_checkpoint_gives_back_the_model_ready_to_evaluate(tmp_path):
     model = tiny("hope", dropout=0.5)
@@ -68,9 +66,6 @@ def test_the_automatic_factor_is_the_text_over_the_trained_context_and_at_least_
     assert scaling_factor({"config": {**config, "rope_context": 16}}, 160) == 10
 
 
-# --- writing
-
-
 def test_a_file_is_whole_and_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     """What the name stands for, and what is written, when the file is flushed and renamed."""
     path, events, fsync, rename = tmp_path / "a", [], os.fsync, os.replace
@@ -95,18 +90,12 @@ def test_a_second_training_in_a_folder_is_refused_until_the_first_ends(dataset, 
     assert (tmp_path / "out" / "ckpt.pt").exists()
 
 
-# --- the log
-
-
 @pytest.mark.parametrize("torn", ["", '{"iter": 1', '{"iter": 5}', "\0"])
 def test_lines_after_the_checkpoint_and_one_cut_short_by_a_kill_are_dropped(tmp_path, torn):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"iter": i}) + "\n" for i in (0, 5, 10)) + torn)
     cut_log(path, 5)
     assert path.read_text() == '{"iter": 0}\n{"iter": 5}\n'
-
-
-# --- weights that start another model
 
 
 def test_values_of_another_encoding_are_not_taken_for_its_own():

@@ -16,8 +16,6 @@ from common import flags
 from model import GPT, PE, GPTConfig
 from tests.conftest import all_logits, run
 
-# --- files of flags
-
 
 def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
     (tmp_path / "small").write_text("# a comment\n--n_layer 3   # one\n\n--n_embd 48 --pe rope\n")
@@ -25,9 +23,6 @@ def test_flags_in_a_file_are_read_and_those_behind_it_win(tmp_path):
     network, config, _ = train.parse([f"@{tmp_path / 'more'}", "--pe", "prope"])
     assert (network.n_layer, network.n_embd, network.pe, network.n_head) == (3, 48, "prope", 6)
     assert config.out_dir == "a folder"
-
-
-# --- flags from fields
 
 
 def test_each_field_is_a_flag_with_its_type_and_default():
@@ -50,14 +45,10 @@ def test_help_is_printed_and_has_the_defaults_that_say_something(script, capsys)
     assert "None" not in text and "(default: False)" not in text
 
 
-# --- flags without effect
-
-
 @pytest.mark.parametrize("pe", PE)
 @pytest.mark.parametrize("around", [{}] + [{"window_pattern": "SSL", "window": 5, "local_pe": pe}
                                            for pe in ("nope", "rope", "prope", "hope", "t5")])
 def test_the_settings_without_effect_are_those_that_change_no_network(pe, around):
-    """Networks are built with and without each value, and their logits compared."""
     def logits(**settings):
         torch.manual_seed(0)
         config = GPTConfig(block_size=16, vocab_size=20, n_layer=3, n_head=2, n_embd=32, pe=pe,
@@ -84,9 +75,6 @@ def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_
     found = re.findall(r"^note.*(?:--(\w+) has no effect|this is (\w+))", capsys.readouterr().out,
                        re.M)
     assert [flag or encoding for flag, encoding in found] == names
-
-
-# --- failures
 
 
 @pytest.mark.parametrize("error, code, words", [
