@@ -7,23 +7,19 @@ from experiments import figures
 from model import frequencies
 
 
-@pytest.mark.parametrize("theta, turns", [(0.5, "10\nturns"), (2 * math.pi / 112, "1 turn")])
-def test_a_pair_that_has_seen_its_circle_says_how_often(theta, turns):
-    panel = pytest.importorskip("matplotlib.figure").Figure().subplots()
-    figures.draw_pair(panel, theta, 128, "red")
-    assert panel.texts[0].get_text() == turns
-
-
-@pytest.mark.parametrize("theta, seen, hatched", [
-    (0.5, 360, 0), (2 * math.pi / 128, 360, 0), (2 * math.pi / 256, 180, 180),
-    (2 * math.pi / 512, 90, 270), (0, 0, 0)])
-def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(theta, seen, hatched):
+@pytest.mark.parametrize("theta, seen, hatched, text", [
+    (0.5, 360, 0, "10\nturns"), (2 * math.pi / 112, 360, 0, "1 turn"),
+    (2 * math.pi / 128, 360, 0, "1 turn"), (2 * math.pi / 256, 180, 180, "256"),
+    (2 * math.pi / 512, 90, 270, "512"), (0, 0, 0, "not\nrotated")])
+def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(
+        theta, seen, hatched, text):
     panel = pytest.importorskip("matplotlib.figure").Figure().subplots()
     figures.draw_pair(panel, theta, 128, "red")
     wedges = [patch for patch in panel.patches if hasattr(patch, "theta1")]
     degrees = {hatch: sum(w.theta2 - w.theta1 for w in wedges if bool(w.get_hatch()) == hatch)
                for hatch in (False, True)}
     assert degrees == {False: pytest.approx(seen), True: pytest.approx(hatched)}
+    assert panel.texts[0].get_text() == text
 
 
 def test_the_idea_is_drawn_with_the_pairs_that_the_model_rotates(monkeypatch, tmp_path):
