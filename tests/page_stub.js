@@ -8,7 +8,6 @@ const decode = text => text.replace(/&(#x?[0-9a-f]+|\w+);/gi, (all, name) => {
   if (name in ENTITIES) return ENTITIES[name];
   throw Error("page_stub.js does not know " + all);
 });
-const encode = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/"/g, "&quot;");
 const camel = name => name.replace(/-(\w)/g, (_, letter) => letter.toUpperCase());
 
 class Node {
@@ -178,12 +177,9 @@ class Event {
 }
 class URLSearchParams {
   constructor(from) {
-    const halves = part => part.match(/^([^=]*)=?([^]*)$/).slice(1).map(URLSearchParams.decode);
+    const halves = part => part.split("=").map(decodeURIComponent);
     this.pairs = typeof from == "string" ? from.split("&").filter(Boolean).map(halves)
       : Object.entries(from);
-  }
-  static decode(text) {  // what is no code stays as it is, as in browsers
-    try { return decodeURIComponent(text.replace(/\+/g, " ")); } catch { return text; }
   }
   get(key) { return this.pairs.find(pair => pair[0] == key)?.[1] ?? null; }
   toString() { return this.pairs.map(pair => pair.map(encodeURIComponent).join("=")).join("&"); }
@@ -227,14 +223,9 @@ const stub = {
     if (node instanceof Text) return node.data;
     return /script|style/.test(node.localName) ? "" : node.childNodes.map(stub.text).join("");
   },
-  html(node) {  // scripts and styles are not content
-    if (node instanceof Text) return encode(node.data);
-    if (/script|style/.test(node.localName)) return "";
-    const styles = Object.entries(node.styles ?? {}).filter(([, x]) => typeof x == "string");
-    const style = styles.map(([key, value]) => `${key}: ${value}`).join("; ");
-    const attributes = Object.entries(style ? {...node.attributes, style} : node.attributes);
-    const tag = attributes.map(([key, value]) => ` ${key}="${encode(value)}"`).join("");
-    const content = node.childNodes.map(stub.html).join("");
-    return `<${node.localName}${tag}>${content}</${node.localName}>`;
+  content() {  // the text and all attributes and styles, but for scripts
+    const values = descendants(document.body).filter(e => e.localName != "script")
+      .flatMap(e => [e.attributes, e.styles ?? {}]).flatMap(Object.entries).flat();
+    return [stub.text(document.body), ...values.filter(x => typeof x == "string")].join("\n");
   },
 };

@@ -12,7 +12,6 @@ the window, and at the top.
 """
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import quickjs
@@ -24,51 +23,28 @@ REQUESTS = re.compile(r"https?:|(?<![:\w])//\w+\.\w|@import|\burl\((?!#)|\bfetch
                       r"|WebSocket|EventSource|sendBeacon|\bimport\s*\(|\bimport\b.*\bfrom\b")
 
 
-class PageParser(HTMLParser):
-    """What a page consists of: its ids, the addresses it names, its scripts by their type."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.ids, self.addresses, self.scripts, self.script = [], [], {}, None
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.ids += [value for name, value in attrs if name == "id"]
-        self.addresses += [value for name, value in attrs if name in ADDRESSES and tag != "a"]
-        if tag == "script":
-            self.script = dict(attrs).get("type", "code")
-            assert self.script not in self.scripts, "two scripts of a type"
-            self.scripts[self.script] = ""
-
-    def handle_endtag(self, tag):
-        self.script = None
-
-    def handle_data(self, data):
-        if self.script:
-            self.scripts[self.script] += data
-
-
-def check_file(html):
-    """A page with one script, unique ids and no address outside -> the script."""
-    parsed = PageParser(html)
-    assert len(set(parsed.ids)) == len(parsed.ids), "an id occurs twice"
-    assert all((value or "").startswith(("#", "data:")) for value in parsed.addresses)
-    # a passage of text may contain any address
-    code = LINK.sub("<a", html.replace(parsed.scripts.get("application/json", ""), ""))
-    request = REQUESTS.search(code)
-    assert not request, f"a request: {request}"
-    return parsed.scripts["code"]
-
-
 class Page:
     """A page whose script has run. width is that of the window, in pixels."""
 
     def __init__(self, html, hash="", width=1000):
-        code = check_file(html)
         self.js = quickjs.Context()
         self.js.eval(DOCUMENT)
         self.act(f"stub.open({json.dumps(html)}, {json.dumps(hash)}, {width})")
-        self.act(code)
+        self.act(self.checked_script(html))
+
+    def checked_script(self, html):
+        """A page with unique ids, one script beside its data, no address outside -> the script."""
+        elements = self.run("descendants(document).map(e => [e.localName, e.attributes])")
+        ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
+        assert len(set(ids)) == len(ids), "an id occurs twice"
+        assert all(value.startswith(("#", "data:")) for tag, attributes in elements if tag != "a"
+                   for name, value in attributes.items() if name in ADDRESSES)
+        *texts, code = self.run("document.querySelectorAll('script').map(e => e.textContent)")
+        assert len(texts) <= 1, "only one script may be code"
+        passage = texts[0] if texts else ""  # which may contain any address
+        request = REQUESTS.search(LINK.sub("<a", html.replace(passage, "")))
+        assert not request, f"a request: {request}"
+        return code
 
     def run(self, code):
         """Evaluate JavaScript -> lists and dicts for arrays and objects, None for undefined."""
@@ -98,6 +74,6 @@ class Page:
 
     def check_content(self):
         """No NaN, undefined or Infinity in a text or an attribute."""
-        html = self.run("stub.html(document.body)")
-        wrong = re.search(r"\b(NaN|undefined|Infinity)\b|\[object", html)
-        assert not wrong, html[max(0, wrong.start() - 80):wrong.end() + 40]
+        content = self.run("stub.content()")
+        wrong = re.search(r"\b(NaN|undefined|Infinity)\b|\[object", content)
+        assert not wrong, content[max(0, wrong.start() - 80):wrong.end() + 40]

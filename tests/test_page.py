@@ -92,7 +92,7 @@ def test_the_page_opens_where_far_text_harms_most_and_has_links_and_names(runs, 
     opened = make(runs[:2], tmp_path / "a", "--names", "RoPE, <biases>", "b")
     assert opened.run("[measure, at]") == ["gain", opened.run("highest(['gain', 1])")]
     assert opened.text("run") == "RoPE, <biases>b" and "likelier" in opened.text("coloured")
-    targets = re.findall(r'href="([^"]*)"', opened.run("stub.html($('notes'))"))
+    targets = opened.run("$('notes').querySelectorAll('a').map(a => a.getAttribute('href'))")
     assert all((tmp_path / "a" / path).resolve().exists() for path in targets if "//" not in path)
     with pytest.raises(ValueError, match="--names"):
         make(runs[:2], tmp_path, "--names", "one")
@@ -160,8 +160,8 @@ def test_two_hundred_random_actions(seed, factor, runs, tmp_path):
     opened.run("globalThis.$$ = selector => document.querySelectorAll(selector); 0")
     for _ in range(200):
         draw.choice(actions)()
-        html = opened.run("stub.html(document.body)").replace("context: undefined", "")  # learned
-        assert not re.search(r"\b(NaN|undefined|Infinity)\b|\[object", html)
+        content = opened.run("stub.content()").replace("context: undefined", "")  # learned
+        assert not re.search(r"\b(NaN|undefined|Infinity)\b|\[object", content)
         assert opened.run("1 <= at && at <= n")
 
 
