@@ -76,16 +76,6 @@ def test_a_signal_completes_the_step_saves_and_prints_how_to_continue(
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
-def test_a_run_that_was_stopped_between_evaluations_can_end_there(dataset, tmp_path, at_batch,
-                                                                  refused):
-    at_batch(7, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(SystemExit):
-        run(dataset, tmp_path, "--max_iters", "10")
-    resumed(tmp_path, "--max_iters", "8")
-    last = log(tmp_path)[-1]
-    assert last["iter"] == 8 and last["val_loss"] > 0 and last["train_loss"] > 0
-
-
 @pytest.mark.parametrize("stopped_at", [0, 5, 10])
 def test_a_signal_leaves_an_evaluation_half_done_and_no_step_begins(
         dataset, tmp_path, monkeypatch, capsys, stopped_at):
@@ -255,7 +245,6 @@ def test_two_processes_take_the_steps_of_one(dataset, tmp_path, run_two):
 
 
 def test_two_processes_resumed_end_with_the_weights_of_an_uninterrupted_run(dataset, tmp_path):
-    """Each has a dropout of its own."""
     given = [*TINY_FLAGS, *FOUR, "--dataset", dataset, "--dropout", "0.2", "--lr_decay_iters", "10"]
     assert run_by_two(*given, "--out_dir", str(tmp_path / "whole")) == [0, 0]
     assert run_by_two(*given, "--out_dir", str(tmp_path / "parts"), "--max_iters", "5") == [0, 0]
