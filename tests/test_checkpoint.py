@@ -59,11 +59,9 @@ def test_a_file_that_is_no_checkpoint_of_this_project_is_named(finished_run, tmp
             load_checkpoint(tmp_path / "a.pt")
 
 
-def test_the_automatic_factor_is_the_text_over_the_trained_context_and_at_least_1():
-    config = asdict(GPTConfig(block_size=64))
-    assert scaling_factor({"config": config}, 160) == 2.5
-    assert scaling_factor({"config": config}, 10) == 1
-    assert scaling_factor({"config": {**config, "rope_context": 16}}, 160) == 10
+def test_the_automatic_factor_is_the_text_over_rope_context_if_that_is_set():
+    config = asdict(GPTConfig(block_size=64, rope_context=16))
+    assert scaling_factor({"config": config}, 160) == 10
 
 
 def test_a_file_is_whole_and_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
