@@ -26,15 +26,6 @@ def scored(pe, seed, nlls, locals_=None, args=(), **network):
             "buckets": buckets}
 
 
-@pytest.mark.parametrize("text, fields", [
-    ("hope", {"pe": "hope"}),
-    ("hope:SSSL:16", {"pe": "hope", "local_pe": None, "window_pattern": "SSSL", "window": 16}),
-    ("nope+rope:SL:0", {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 0})])
-def test_an_arrangement_is_read_and_named(text, fields):
-    assert groups.fields_of(text) == fields
-    assert groups.name_of(GPTConfig(**fields)) == text
-
-
 @pytest.mark.parametrize("name, words", [
     ("nope+rope:SSSL:16 qkv_bias False", "windows"), ("hope:SL:4 logn", "HoPE:SL:4, log-n"),
     ("rope qkv_bias False", "RoPE"), ("rope bias False qkv_bias False", "RoPE"),
@@ -46,7 +37,8 @@ def test_pictures_name_networks_as_the_readme_does(name, words):
     assert report.styles([{"name": groups.in_words(name), "pe": pe}])[0]["label"] == words
 
 
-@pytest.mark.parametrize("text", ["rotary", "hope:SL", "hope+rope", "hope:SXL:4", "hope:SL:4:5"])
+@pytest.mark.parametrize("text", [
+    "rotary", "hope:SL", "hope+rope", "hope+rotary:SL:4", "hope:SXL:4", "hope:SL:4:5"])
 def test_what_is_no_arrangement_is_refused(text):
     with pytest.raises(ValueError, match="not an arrangement"):
         groups.fields_of(text)
