@@ -8,7 +8,6 @@ const decode = text => text.replace(/&(#x?[0-9a-f]+|\w+);/gi, (all, name) => {
   if (name in ENTITIES) return ENTITIES[name];
   throw Error("page_stub.js does not know " + all);
 });
-const camel = name => name.replace(/-(\w)/g, (_, letter) => letter.toUpperCase());
 
 class Node {
   parentNode = null; listeners = {};
@@ -31,16 +30,13 @@ class Text extends Node {
 }
 
 class Element extends Node {
-  childNodes = []; offsetTop = 0; offsetLeft = 0;
+  childNodes = []; style = {}; offsetTop = 0; offsetLeft = 0;
   constructor(tag) { super(); this.localName = tag; this.attributes = {}; }
   get clientWidth() { return innerWidth; }
   getBoundingClientRect() { return {top: 0, left: 0, bottom: 300}; }
   scrollIntoView() {}
   getAttribute(name) { return this.attributes[name] ?? null; }
   setAttribute(name, value) { this.attributes[name] = String(value); }
-  get style() {
-    return this.styles ??= {setProperty(name, value) { this[camel(name)] = String(value); }};
-  }
   get classList() {
     const classes = () => (this.getAttribute("class") ?? "").split(/\s+/).filter(Boolean);
     const write = list => this.setAttribute("class", [...new Set(list)].join(" "));
@@ -76,12 +72,6 @@ class Element extends Node {
     if (value === "" || isNaN(value)) return String((min + max) / 2);
     return String(Math.round(Math.min(Math.max(+value, min), max)));
   }
-  get checked() { return this.on ?? "checked" in this.attributes; }
-  set checked(on) {
-    if (on && this.type == "radio") for (const other of document.querySelectorAll("input"))
-      if (other.type == "radio" && other.name == this.name) other.on = false;
-    this.on = Boolean(on);
-  }
 }
 for (const name of ["id", "name", "type", "min", "max"])
   Object.defineProperty(Element.prototype, name, {
@@ -98,12 +88,9 @@ function descendants(node, found = []) {
   }
   return found;
 }
-function compound(selector) {  // "a.b#c[d=e]:checked" -> a list of tests
-  const tests = [], part = /([#.]?)([\w-]+)|\[([\w-]+)="?([^\]"]*)"?\]|:(checked)/g;
-  const rest = selector.replace(part, (_, kind, name, attribute, value, checked) => {
-    if (checked) tests.push(e => e.checked);
-    else if (attribute) tests.push(e => e.getAttribute(attribute) === value);
-    else if (kind == "#") tests.push(e => e.id === name);
+function compound(selector) {  // "a.b#c" -> a list of tests
+  const tests = [], rest = selector.replace(/([#.]?)([\w-]+)/g, (_, kind, name) => {
+    if (kind == "#") tests.push(e => e.id === name);
     else if (kind == ".") tests.push(e => e.classList.contains(name));
     else tests.push(e => e.localName === name);
     return "";
@@ -215,7 +202,6 @@ const stub = {
   },
   click(target) {
     const element = this.find(target);
-    if (element.type == "radio") element.checked = true;
     this.send(element, "pointerdown", {buttons: 1, offsetX: 0, clientX: 0});
     this.send(element, "click");
   },
@@ -225,7 +211,7 @@ const stub = {
   },
   content() {  // the text and all attributes and styles, but for scripts
     const values = descendants(document.body).filter(e => e.localName != "script")
-      .flatMap(e => [e.attributes, e.styles ?? {}]).flatMap(Object.entries).flat();
-    return [stub.text(document.body), ...values.filter(x => typeof x == "string")].join("\n");
+      .flatMap(e => [e.attributes, e.style]).flatMap(Object.entries).flat();
+    return [stub.text(document.body), ...values.map(String)].join("\n");
   },
 };

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 import data.prepare
-import train
 from common.checkpoint import load_checkpoint, load_model
 from data.loader import text_to_score
 from eval_extrapolation import score, score_local
 from experiments import page
-from tests.conftest import PROJECT, TINY_FLAGS
+from tests.conftest import PROJECT, run
 from tests.page_stub import Page
 
 L, FACTOR = 16, 8
@@ -31,18 +30,13 @@ def make(runs, folder, *arguments):
     return Page((folder / "page.html").read_text(encoding="utf-8"))
 
 
-def short_run(dataset, out_dir, *arguments):
-    train.main([*TINY_FLAGS, "--dataset", dataset, "--out_dir", str(out_dir), "--max_iters", "5",
-                *arguments])
-    return str(out_dir)
-
-
 @pytest.fixture(scope="module")
 def runs(dataset, finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    windows = ["--pe", "rope", "--window_pattern", "SL", "--window", "4", "--max_iters", "40"]
-    return [finished_run, short_run(dataset, folder / "windows", *windows),
-            short_run(dataset, folder / "learned", "--pe", "learned")]
+    windows = "--pe rope --window_pattern SL --window 4 --max_iters 40".split()
+    run(dataset, folder / "windows", *windows)
+    run(dataset, folder / "learned", "--pe", "learned", "--max_iters", "5")
+    return [finished_run, f"{folder}/windows", f"{folder}/learned"]
 
 
 @pytest.fixture(scope="module")
@@ -169,10 +163,10 @@ def test_two_hundred_random_actions(seed, factor, runs, tmp_path):
     ("least expected", "loss", max, 5), ("helps most", "gain", min, 3),
     ("far text harms most", "gain", max, 3)])
 def test_a_button_chooses_the_extreme_token_and_colours_all(label, key, best, full, opened):
-    for run in (0, 1):
-        opened.run(f"show(runs[{run}], 'loss')")
+    for i in (0, 1):
+        opened.run(f"show(runs[{i}], 'loss')")
         opened.act(f"$('jump').children[{opened.run('Object.keys(JUMPS)').index(label)}].click()")
-        values = opened.run(f"runs[{run}].{key}.slice(1)")
+        values = opened.run(f"runs[{i}].{key}.slice(1)")
         assert values[opened.run("at") - 1] == best(values)
         for value, colour in zip(values, opened.run("spans.slice(1).map(s => s.style.background)")):
             share = int(re.search(r"(\d+)%", colour)[1])
@@ -204,7 +198,8 @@ def test_hostile_text_is_escaped_in_the_file_and_shown_as_text(kind, options, tm
     for i in range(8):
         (folder / f"{i}.txt").write_text(HOSTILE * (60 + i), encoding="utf-8")
     dataset = data.prepare.prepare(str(folder), kind, folder / "data", **options)
-    opened = make([short_run(str(dataset), folder / '<img src="x"> & co')], tmp_path)
+    run(str(dataset), folder / '<img src="x"> & co', "--max_iters", "5")
+    opened = make([f'{folder}/<img src="x"> & co'], tmp_path)
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert html.count("</script>") == html.count("<script") == 2 and "<!--" not in html
     invisible = "[\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\U000e0041]"
