@@ -10,7 +10,6 @@ from experiments import curves
 @pytest.mark.parametrize("x", ["iter", "tokens", "seconds"])
 def test_the_losses_of_a_run_are_drawn_in_the_colour_of_its_encoding(
         x, finished_run, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
     figures = []
     monkeypatch.setattr(report, "save_picture", lambda figure, *_: figures.append(figure))
     curves.main([finished_run, "--x", x, "--plot", "unused.png", "--json", f"{tmp_path}/a.json"])

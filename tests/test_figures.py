@@ -2,6 +2,7 @@
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import figures
 from model import frequencies
@@ -13,7 +14,7 @@ from model import frequencies
     (2 * math.pi / 512, 90, 270, "512"), (0, 0, 0, "not\nrotated")])
 def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(
         theta, seen, hatched, text):
-    panel = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    panel = Figure().subplots()
     figures.draw_pair(panel, theta, 128, "red")
     wedges = [patch for patch in panel.patches if hasattr(patch, "theta1")]
     degrees = {hatch: sum(w.theta2 - w.theta1 for w in wedges if bool(w.get_hatch()) == hatch)
@@ -23,7 +24,6 @@ def test_the_picture_of_a_pair_shows_the_angles_seen_within_L_and_the_rest(
 
 
 def test_the_idea_is_drawn_with_the_pairs_that_the_model_rotates(monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
     drawn, draw = [], figures.draw_pair
     monkeypatch.setattr(figures, "draw_pair", lambda panel, theta, *args: (
         drawn.append(theta), draw(panel, theta, *args)))

@@ -5,6 +5,7 @@ import re
 from dataclasses import asdict
 
 import pytest
+import quickjs
 import torch
 
 from data.tokenizer import PRINTABLE_ASCII, CharTokenizer
@@ -12,8 +13,6 @@ from model import GPT, GPTConfig
 from tests.conftest import PROJECT
 from tests.page_stub import Page
 from tools import live_weights
-
-quickjs = pytest.importorskip("quickjs")
 
 DOCS = PROJECT / "docs"
 LIVE = (DOCS / "live.js").read_text(encoding="utf-8")

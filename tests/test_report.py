@@ -84,7 +84,6 @@ def test_the_first_run_of_an_encoding_has_a_solid_line_and_others_of_it_differ()
 
 
 def test_a_notebook_keeps_its_own_backend_and_a_command_opens_no_window(monkeypatch):
-    pytest.importorskip("matplotlib")
     code = ("from common import report; pyplot = report.import_pyplot(); "
             "print(pyplot.get_backend())")
     for backend, expected in (("svg", "svg"), (None, "agg")):

@@ -83,7 +83,6 @@ def sweep_flags(out_dir):
 
 
 def test_a_killed_sweep_gives_the_weights_of_train_py(tiny_config, dataset, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     out_dir = tmp_path / "sweep"
     argv = [tiny_config, "--pe", "hope:SL:4"]
     folder = out_dir / "hope-SL-4-seed-1"
@@ -110,7 +109,6 @@ ENDED = SimpleNamespace(poll=lambda: 0, terminate=lambda: None)  # a training pr
 
 def test_a_run_that_fails_is_named_and_the_others_are_scored(tiny_config, dataset, tmp_path,
                                                              monkeypatch, fails):
-    pytest.importorskip("matplotlib")
 
     def start(folder, argv):
         if argv[-1] != "2":
