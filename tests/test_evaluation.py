@@ -200,7 +200,6 @@ def cell(bucket, key, digits):
 
 
 def test_tables_and_json_hold_the_same_and_the_picture_has_a_curve_for_each_run(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     checkpoints = {pe: random_checkpoint(pe) for pe in ("hope", "rope", "learned")}
     scored = evaluate(tmp_path, checkpoints, "abba" * 100, "--max_factor", "4",
                       "--plot", str(tmp_path / "new" / "r.svg"))
@@ -222,25 +221,18 @@ def test_a_missing_matplotlib_is_reported_before_anything_is_computed(monkeypatc
 
 
 def test_in_the_picture_of_many_runs_each_name_and_the_labels_are_whole(monkeypatch):
-    pyplot = pytest.importorskip("matplotlib.pyplot")
     names = ["_old", "a$b", "$x$", *(f"a run with a long name, {i}" for i in range(9))]
     bucket = {"nll": 1.0, "ppl": math.e, "ppl_local": 3.0, "stderr": 0.1}
     drawn, buckets = [], [{**bucket, "start": 0, "end": 128}, {**bucket, "start": 128, "end": 256}]
-    monkeypatch.setattr(pyplot, "close", drawn.append)
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
     runs = [{"name": name, "pe": "rope", "buckets": buckets} for name in names]
     eval_extrapolation.plot(runs, io.BytesIO())
-    eval_extrapolation.plot([{**runs[0], "name": "x" * 150}], file := io.BytesIO())
-    file.seek(0)
-    [figure, wide] = drawn
-    needed = wide.legends[0].get_window_extent().width / wide.dpi
-    assert wide.get_figwidth() < needed < pyplot.imread(file).shape[1] / 110  # inches
-    [legend], [axes] = figure.legends, figure.axes
+    [legend], [axes] = drawn[0].legends, drawn[0].axes
     assert {name.lstrip("_").replace("$", r"\$") for name in names} <= {
         text.get_text() for text in legend.get_texts()}
     for shown in (legend, axes.xaxis.label, axes.yaxis.label):
-        box = shown.get_window_extent()
-        assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1
-        assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1
+        box, whole = shown.get_window_extent(), drawn[0].bbox
+        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1 and whole.y0 <= box.y0 <= box.y1 <= whole.y1
 
 
 def test_a_reader_of_the_tables_that_leaves_costs_no_result(tmp_path, monkeypatch):
