@@ -134,10 +134,10 @@ def test_bins_start_at_every_small_distance_and_at_L():
 
 # --- heads that look at the previous token
 
+ROTATED = [{"pe": "rope"}, {"pe": "prope", "prope_fraction": 0.5}, {"pe": "nope"},
+           {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}]
 
-@pytest.mark.parametrize("layers", [
-    {"pe": "rope"}, {"pe": "prope", "prope_fraction": 0.5}, {"pe": "nope"},
-    {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}], ids=str)
+@pytest.mark.parametrize("layers", ROTATED, ids=str)
 def test_weights_and_shares_of_a_head_are_those_written_out(layers):
     model, windows = tiny(**layers, rope_base=100), torch.randint(50, (3, 2 * L))
     theta = [] if layers["pe"] == "nope" else model.transformer.wpe.theta.tolist()
@@ -168,9 +168,7 @@ def test_weights_and_shares_of_a_head_are_those_written_out(layers):
 # --- what biases of queries and keys add to a logit
 
 
-@pytest.mark.parametrize("layers", [
-    {"pe": "rope"}, {"pe": "prope", "prope_fraction": 0.5}, {"pe": "nope"},
-    {"pe": "nope", "local_pe": "rope", "window_pattern": "SL", "window": 5}], ids=str)
+@pytest.mark.parametrize("layers", ROTATED, ids=str)
 def test_the_function_of_distance_is_that_of_the_biases_written_out(layers):
     model = tiny(**layers, rope_base=100, qkv_bias=True)
     for block in model.transformer.h:
@@ -201,7 +199,6 @@ def test_a_network_without_biases_of_queries_and_keys_has_no_function_of_distanc
 
 def test_the_command_prints_tables_and_writes_json_and_pictures(finished_run, dataset, tmp_path,
                                                                 capsys):
-    pytest.importorskip("matplotlib")
     kept = shutil.copy(f"{finished_run}/best.pt", str(tmp_path / "ckpt_000010.pt"))
     attention.main([kept, "--windows", "2", "--device", "cpu", "--json", str(tmp_path / "a.json"),
                     "--plot", str(tmp_path / "a.png")])
