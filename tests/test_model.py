@@ -1,4 +1,7 @@
-"""The network around the encodings: GPT-2 to the letter, layers that differ, cache, generation."""
+"""The network around the encodings: GPT-2 to the letter, layers that differ, cache, generation.
+
+    python -m pytest tests/test_model.py -m slow          torch.compile with its real compiler
+"""
 import itertools
 import math
 
@@ -295,3 +298,15 @@ def test_a_training_step_compiles_to_one_graph_once(pe):
         torch.testing.assert_close(loss, model(batch, batch)[1])
         loss.backward()
     assert len(graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pe", PE)
+def test_compiled_model_gives_the_same_logits_and_gradients(pe):
+    model, idx = tiny(pe), torch.randint(50, (2, 32))
+    logits, loss = model(idx, idx)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    compiled_logits, compiled_loss = torch.compile(model)(idx, idx)
+    compiled = torch.autograd.grad(compiled_loss, list(model.parameters()))
+    torch.testing.assert_close(compiled_logits, logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(compiled, gradients, atol=1e-4, rtol=1e-3)
