@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "experiments" / "results", ROOT / "docs" / "index.html"
 GROUPS = [("biases.json", f"{pe} bias False qkv_bias {qkv}{logn}")
           for pe in ("rope", "hope") for qkv in (False, True) for logn in ("", " logn")]
-GROUPS += [("others.json", f"{pe}{logn}") for pe in ("prope", "nope") for logn in ("", " logn")]
+GROUPS += [("others.json", f"{pe}{logn}") for pe in ("prope prope_fraction 0.25", "nope")
+           for logn in ("", " logn")]
 
 
 def learned(model):
