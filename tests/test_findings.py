@@ -135,33 +135,34 @@ def test_a_wrong_number_is_found():
     assert len(list(wrong_numbers(table.format(value), []))) == 1
 
 
-def hope_minus_rope(name, i, qkv=False, scaling="none"):
-    """In a file of results, in the i-th range -> {seed: nats per token}. Not with all biases."""
+def hope_minus_rope(name, i, biases="none", scaling="none"):
+    """In a file of results, in the i-th range -> {seed: nats per token}. biases: none, qkv, all."""
     runs = json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]
     nll = {(run["args"]["pe"], run["seed"]): run["buckets"][i]["nll"] for run in runs
-           if run["attn_scaling"] == scaling and run["config"]["qkv_bias"] == qkv
-           and not run["config"]["bias"]}
+           if run["attn_scaling"] == scaling and run["config"]["qkv_bias"] == (biases != "none")
+           and run["config"]["bias"] == (biases == "all")}
     return {seed: nll["hope", seed] - nll["rope", seed] for pe, seed in nll if pe == "hope"}
 
 
 BEYOND = (1, 2, 3, 4)  # the ranges beyond L
 
 
-@pytest.mark.parametrize("name, qkv, scalings, behind, ahead", [
-    ("biases.json", False, ("none", "logn"), (), BEYOND),
-    ("long.json", False, ("none", "logn"), (), (0, *BEYOND)),
-    ("biases.json", True, ("none",), (1,), (2, 3, 4)), ("long.json", True, ("none",), (1,), ()),
-    ("biases.json", True, ("logn",), (1,), ()), ("long.json", True, ("logn",), (1, 3, 4), ()),
-    ("slow_biases.json", False, ("none", "logn"), (), BEYOND),
-    ("slow_biases.json", True, ("none", "logn"), (), (2, 3, 4)),
-    ("adamw_qkv.json", False, ("none", "logn"), (), BEYOND),
-    ("adamw_qkv.json", True, ("none", "logn"), (), BEYOND),
-    ("small_heads.json", False, ("none", "logn"), (), BEYOND),
-    ("base_1e4.json", False, ("none", "logn"), (), (2, 3, 4))])
-def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scalings, behind, ahead):
+@pytest.mark.parametrize("name, biases, scalings, behind, ahead", [
+    ("biases.json", "none", ("none", "logn"), (), BEYOND),
+    ("long.json", "none", ("none", "logn"), (), (0, *BEYOND)),
+    ("biases.json", "qkv", ("none",), (1,), (2, 3, 4)), ("long.json", "qkv", ("none",), (1,), ()),
+    ("biases.json", "qkv", ("logn",), (1,), ()), ("long.json", "qkv", ("logn",), (1, 3, 4), ()),
+    ("slow_biases.json", "none", ("none", "logn"), (), BEYOND),
+    ("slow_biases.json", "qkv", ("none", "logn"), (), (2, 3, 4)),
+    ("adamw_biases.json", "none", ("none", "logn"), (), BEYOND),
+    ("adamw_biases.json", "qkv", ("none", "logn"), (), BEYOND),
+    ("adamw_biases.json", "all", ("none", "logn"), (), BEYOND),
+    ("small_heads.json", "none", ("none", "logn"), (), BEYOND),
+    ("base_1e4.json", "none", ("none", "logn"), (), (2, 3, 4))])
+def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings, behind, ahead):
     """What the pages say of it, by a t test over three or five seeds, p = 0.05."""
     for scaling, i in itertools.product(scalings, range(5)):
-        differences = hope_minus_rope(name, i, qkv, scaling)
+        differences = hope_minus_rope(name, i, biases, scaling)
         mean, stderr = mean_and_stderr(list(differences.values()))
         limit = {3: 4.303, 5: 2.776}[len(differences)] * stderr
         assert (mean > limit, mean < -limit) == (i in behind, i in ahead)
@@ -170,7 +171,7 @@ def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, qkv, scalings, be
 def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw():
     """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
     for i in range(5):
-        muon, adamw = (hope_minus_rope(f"{name}.json", i) for name in ("biases", "adamw_qkv"))
+        muon, adamw = (hope_minus_rope(f"{name}.json", i) for name in ("biases", "adamw_biases"))
         mean, stderr = mean_and_stderr([adamw[seed] - muon[seed] for seed in (1, 2, 3)])
         assert abs(mean) < 4.30 * stderr and abs(mean) < 0.05
 
