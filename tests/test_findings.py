@@ -154,6 +154,8 @@ BEYOND = (1, 2, 3, 4)  # the ranges beyond L
     ("biases.json", "qkv", ("logn",), (1,), ()), ("long.json", "qkv", ("logn",), (1, 3, 4), ()),
     ("slow_biases.json", "none", ("none", "logn"), (), BEYOND),
     ("slow_biases.json", "qkv", ("none", "logn"), (), (2, 3, 4)),
+    ("fast_biases.json", "none", ("none", "logn"), (), BEYOND),
+    ("fast_biases.json", "qkv", ("none", "logn"), (), ()),
     ("adamw_biases.json", "none", ("none", "logn"), (), BEYOND),
     ("adamw_biases.json", "qkv", ("none", "logn"), (), BEYOND),
     ("adamw_biases.json", "all", ("none", "logn"), (), BEYOND),
@@ -179,16 +181,18 @@ def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw(name, largest)
 
 
 def test_fast_biases_add_more_than_2_nats_to_the_key_1_token_back_and_slow_ones_at_most_so_much():
-    """The heads that DETAILS.md names are the highest of all seeds."""
+    """The heads in tables.json are the highest of all seeds."""
     def added(name):
         runs = json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]
         return {run["name"]: [head["values"][1] for head in run["heads"]] for run in runs}
 
-    fast, slow = sum(added("biases_distance.json").values(), []), added("biases_slow.json")
+    fast, by_rate = sum(added("biases_distance.json").values(), []), added("biases_by_rate.json")
     assert (sum(value > 2 for value in fast), len(fast)) == (37, 40)
-    for kind, highest in (("f/slow-qkv", 0), ("c/qkv-rope", 1), ("g/qkv-rope", 1)):
-        values = [slow[f"{kind}-{seed}"] for seed in (1, 2, 3)]
-        assert max(sum(values, [])) == values[0][highest] and len(sum(values, [])) == 24
+    assert max(fast) == added("biases_distance.json")["rope-qkv_bias-True-seed-2"][3]
+    for kind, seed, head in (("f/slow-qkv", 1, 0), ("f/fast-rope-qkv", 3, 3),
+                             ("c/qkv-rope", 1, 1), ("g/qkv-rope", 1, 1)):
+        values = sum((by_rate[f"{kind}-{seed}"] for seed in (1, 2, 3)), [])
+        assert max(values) == by_rate[f"{kind}-{seed}"][head] and len(values) == 24
 
 
 def test_the_seed_of_the_demo_is_that_of_the_rule():
