@@ -175,6 +175,15 @@ def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings,
         assert (mean > limit, mean < -limit) == (i in behind, i in ahead)
 
 
+def test_biases_harm_encodings_without_rotation_in_each_seed():
+    """Question 3 of FINDINGS.md, in [L, 2 L)."""
+    losses = [{(run["pe"], run["seed"]): run["buckets"][1]["nll"] for run in json.loads(
+        (RESULTS / name).read_text(encoding="utf-8"))["runs"] if run["attn_scaling"] == "none"}
+        for name in ("others.json", "others_all.json")]
+    for run in itertools.product(("kerple", "alibi", "nope"), (1, 2, 3)):
+        assert losses[0][run] < losses[1][run]
+
+
 @pytest.mark.parametrize("name, largest", [("adamw_biases.json", 0.05), ("adamw_long.json", 0.5)])
 def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw(name, largest):
     """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
