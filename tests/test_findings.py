@@ -164,6 +164,7 @@ BEYOND = (1, 2, 3, 4)  # the ranges beyond L
     ("adamw_biases.json", "qkv", ("none", "logn"), (), BEYOND),
     ("adamw_biases.json", "all", ("none", "logn"), (), BEYOND),
     ("adamw_long.json", "none", ("none", "logn"), (), BEYOND),
+    ("adamw_long.json", "qkv", ("none", "logn"), (), BEYOND),
     ("small_heads.json", "none", ("none", "logn"), (), BEYOND),
     ("base_1e4.json", "none", ("none", "logn"), (), (2, 3, 4))])
 def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings, behind, ahead):
