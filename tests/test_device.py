@@ -78,7 +78,7 @@ def test_a_signal_completes_the_step_saves_and_prints_how_to_continue(
 
 @pytest.mark.parametrize("stopped_at", [0, 5, 10])
 def test_a_signal_leaves_an_evaluation_half_done_and_no_step_begins(
-        dataset, tmp_path, monkeypatch, capsys, stopped_at):
+        dataset, tmp_path, monkeypatch, capsys, refused, stopped_at):
     """The evaluations are at steps 0, 5 and 10. A line of the log is due at step 5 without it."""
     given = ["--max_iters", "10", "--log_interval", "1", "--eval_iters", "3"]
     left = [stopped_at / 5]  # evaluations that are not disturbed
