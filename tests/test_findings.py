@@ -149,6 +149,7 @@ def hope_minus_rope(name, i, biases="none", scaling="none"):
 
 
 BEYOND = (1, 2, 3, 4)  # the ranges beyond L
+LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of seeds
 
 
 @pytest.mark.parametrize("name, biases, scalings, behind, ahead", [
@@ -172,7 +173,7 @@ def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings,
     for scaling, i in itertools.product(scalings, range(5)):
         differences = hope_minus_rope(name, i, biases, scaling)
         mean, stderr = mean_and_stderr(list(differences.values()))
-        limit = {3: 4.303, 5: 2.776}[len(differences)] * stderr
+        limit = LIMITS[len(differences)] * stderr
         assert (mean > limit, mean < -limit) == (i in behind, i in ahead)
 
 
@@ -185,13 +186,13 @@ def test_biases_harm_encodings_without_rotation_in_each_seed():
         assert losses[0][run] < losses[1][run]
 
 
-@pytest.mark.parametrize("name, largest", [("adamw_biases.json", 0.05), ("adamw_long.json", 0.5)])
-def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw(name, largest):
-    """Question 6 of RULES.md; 4.30 is the limit of a t test with three seeds, p = 0.05."""
+@pytest.mark.parametrize("name", ["adamw_biases.json", "adamw_long.json"])
+def test_no_range_tells_hopes_lead_with_muon_from_that_with_adamw(name):
+    """Question 6 of RULES.md, by a t test over three or five seeds, p = 0.05."""
     for i in range(5):
         muon, adamw = hope_minus_rope("biases.json", i), hope_minus_rope(name, i)
-        mean, stderr = mean_and_stderr([adamw[seed] - muon[seed] for seed in (1, 2, 3)])
-        assert abs(mean) < 4.30 * stderr and abs(mean) < largest
+        mean, stderr = mean_and_stderr([adamw[seed] - muon[seed] for seed in adamw])
+        assert abs(mean) < LIMITS[len(adamw)] * stderr
 
 
 def test_biases_that_learn_at_0_04_add_more_than_2_nats_to_the_key_1_token_back_in_37_of_40_heads():
