@@ -139,12 +139,18 @@ def test_a_wrong_number_is_found():
     assert len(list(wrong_numbers(table.format(value), []))) == 1
 
 
-def hope_minus_rope(name, i, biases="none", scaling="none"):
-    """In a file of results, in the i-th range -> {seed: nats per token}. biases: none, qkv, all."""
+def losses(name, i, biases="none", scaling="none"):
+    """In a file of results, in the i-th range -> {(encoding, seed): nats per token}. biases: none,
+    qkv, all."""
     runs = json.loads((RESULTS / name).read_text(encoding="utf-8"))["runs"]
-    nll = {(run["args"]["pe"], run["seed"]): run["buckets"][i]["nll"] for run in runs
-           if run["attn_scaling"] == scaling and run["config"]["qkv_bias"] == (biases != "none")
-           and run["config"]["bias"] == (biases == "all")}
+    return {(run["pe"], run["seed"]): run["buckets"][i]["nll"] for run in runs
+            if run["attn_scaling"] == scaling and run["config"]["qkv_bias"] == (biases != "none")
+            and run["config"]["bias"] == (biases == "all")}
+
+
+def hope_minus_rope(*which):
+    """What losses() takes -> {seed: nats per token}."""
+    nll = losses(*which)
     return {seed: nll["hope", seed] - nll["rope", seed] for pe, seed in nll if pe == "hope"}
 
 
@@ -179,11 +185,9 @@ def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings,
 
 def test_biases_harm_encodings_without_rotation_in_each_seed():
     """Question 3 of FINDINGS.md, in [L, 2 L)."""
-    losses = [{(run["pe"], run["seed"]): run["buckets"][1]["nll"] for run in json.loads(
-        (RESULTS / name).read_text(encoding="utf-8"))["runs"] if run["attn_scaling"] == "none"}
-        for name in ("others.json", "others_all.json")]
+    none, every = losses("others.json", 1), losses("others_all.json", 1, "all")
     for run in itertools.product(("kerple", "alibi", "nope"), (1, 2, 3)):
-        assert losses[0][run] < losses[1][run]
+        assert none[run] < every[run]
 
 
 @pytest.mark.parametrize("name", ["adamw_biases.json", "adamw_long.json"])
@@ -202,10 +206,8 @@ def test_biases_that_learn_at_0_04_add_more_than_2_nats_to_the_key_1_token_back_
 
 def test_the_seed_of_the_demo_is_that_of_the_rule():
     """RULES.md: the one whose ratio RoPE / HoPE in [2 L, 4 L), without biases, is the median."""
-    losses = {(run["pe"], run["seed"]): run["buckets"][2]["nll"] for run in json.loads(
-        (RESULTS / "biases.json").read_text(encoding="utf-8"))["runs"]
-        if run["attn_scaling"] == "none" and not run["config"]["qkv_bias"]}
-    by_ratio = sorted(range(1, 6), key=lambda seed: losses["rope", seed] - losses["hope", seed])
+    differences = hope_minus_rope("biases.json", 2)
+    by_ratio = sorted(range(1, 6), key=lambda seed: -differences[seed])
     _, config, _ = train.parse([f"@{PROJECT}/config/cpu_demo"])
     assert config.seed == by_ratio[2]
 
