@@ -169,7 +169,7 @@ LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of see
     ("fast_biases.json", "qkv", ("none", "logn"), (), ()),
     ("adamw_biases.json", "none", ("none", "logn"), (), BEYOND),
     ("adamw_biases.json", "qkv", ("none", "logn"), (), BEYOND),
-    ("adamw_biases.json", "all", ("none", "logn"), (), BEYOND),
+    ("adamw_biases.json", "all", ("none", "logn"), (0,), BEYOND),
     ("adamw_long.json", "none", ("none", "logn"), (), BEYOND),
     ("adamw_long.json", "qkv", ("none", "logn"), (), BEYOND),
     ("small_heads.json", "none", ("none", "logn"), (), BEYOND),
