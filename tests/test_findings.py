@@ -173,7 +173,9 @@ LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of see
     ("adamw_long.json", "none", ("none", "logn"), (), BEYOND),
     ("adamw_long.json", "qkv", ("none", "logn"), (), BEYOND),
     ("small_heads.json", "none", ("none", "logn"), (), BEYOND),
-    ("base_1e4.json", "none", ("none", "logn"), (), (2, 3, 4))])
+    ("base_1e4.json", "none", ("none", "logn"), (), (2, 3, 4)),
+    ("small_heads_all.json", "all", ("none",), (1, 2), ()),
+    ("base_1e4_all.json", "all", ("none",), (1, 2), ())])
 def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings, behind, ahead):
     """What the pages say of it, by a t test over three or five seeds, p = 0.05."""
     for scaling, i in itertools.product(scalings, range(5)):
