@@ -66,7 +66,7 @@ def test_the_settings_without_effect_are_those_that_change_no_network(pe, around
 
 
 @pytest.mark.parametrize("given, names", [
-    ("--pe alibi --rope_base 3 --prope_fraction 0.5", ["rope_base", "prope_fraction"]),
+    ("--pe alibi --rope_base 3 --prope_fraction 0.5", ["prope_fraction", "rope_base"]),
     ("--pe hope --hope_cutoff 100", ["NoPE"]), ("--pe hope --hope_cutoff 0", ["RoPE"]),
     ("--pe hope --hope_cutoff 0.9", []), ("--pe rope", [])])
 def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_encoding(
@@ -82,7 +82,8 @@ def test_a_flag_without_effect_is_named_at_the_start_and_one_that_gives_another_
     (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left"),
     (MemoryError(), 1, "lower --batch_size"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried"), 1, "lower --batch_size"),
-    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "lower --batch_size")])
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried"), 1, "lower --batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "lower --batch_size")])
 def test_a_failure_is_one_line_and_an_exit_code(capsys, monkeypatch, error, code, words):
     monkeypatch.setattr("sys.argv", ["a/folder/script.py"])
     with pytest.raises(SystemExit) as stopped:

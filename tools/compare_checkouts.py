@@ -80,8 +80,8 @@ def fingerprint(checkout, folder, checkpoints):
     for pe, path in zip(ENCODINGS, paths):
         for scaling in ("none", "yarn") if pe in ("rope", "prope", "hope") else ("none",):
             for top_k in ("1", "20"):
-                text = run(checkout, "sample.py", "--out_dir", path, "--start", "alpha", "--top_k",
-                           top_k, "--max_new_tokens", "100", "--rope_scaling", scaling)
+                text = run(checkout, "sample.py", path, "--start", "alpha", "--top_k", top_k,
+                           "--max_new_tokens", "100", "--rope_scaling", scaling)
                 name = f"text of {pe}, top_k {top_k}, rope_scaling {scaling}"
                 found[name] = sha256(text.encode())
     return found
