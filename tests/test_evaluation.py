@@ -167,13 +167,14 @@ MIXED = dict(window_pattern="SL", window=4)
 
 
 @pytest.mark.parametrize("changes, scales", [
-    (dict(pe="alibi"), False), (dict(pe="nope", local_pe="rope", **MIXED), False),
+    (dict(pe="alibi"), False), (dict(pe="nope", local_pe="rope"), False),
+    (dict(pe="nope", local_pe="rope", **MIXED), False),
     (dict(pe="rope", local_pe="nope", **MIXED), True),
     (dict(MIXED, pe="nope", local_pe="rope", window=32), False),
     (dict(MIXED, pe="nope", local_pe="rope", window=33), True)])
 def test_scaling_is_tried_where_a_layer_rotates_and_sees_more_than_l_tokens(changes, scales):
     config = tiny(**changes).config
-    args = SimpleNamespace(rope_scaling=["none", "pi"], rope_factor="auto", attn_scaling=None)
+    args = SimpleNamespace(rope_scaling=["none", "pi"], rope_factor=None, attn_scaling=None)
     assert len(eval_extrapolation.scalings(args, vars(config))) == 1 + scales
 
 

@@ -175,7 +175,9 @@ LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of see
     ("small_heads.json", "none", ("none", "logn"), (), BEYOND),
     ("base_1e4.json", "none", ("none", "logn"), (), (2, 3, 4)),
     ("small_heads_all.json", "all", ("none",), (1, 2), ()),
-    ("base_1e4_all.json", "all", ("none",), (1, 2), ())])
+    ("small_heads_all.json", "all", ("logn",), (1,), ()),
+    ("base_1e4_all.json", "all", ("none",), (1, 2), ()),
+    ("base_1e4_all.json", "all", ("logn",), BEYOND, ())])
 def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings, behind, ahead):
     """What the pages say of it, by a t test over three or five seeds, p = 0.05."""
     for scaling, i in itertools.product(scalings, range(5)):
@@ -190,6 +192,14 @@ def test_biases_harm_encodings_without_rotation_in_each_seed():
     none, every = losses("others.json", 1), losses("others_all.json", 1, "all")
     for run in itertools.product(("kerple", "alibi", "nope"), (1, 2, 3)):
         assert none[run] < every[run]
+
+
+def test_biases_other_than_qkv_help_rope_trained_with_adamw():
+    """DETAILS.md: All - QKV in each range, by a t test over five seeds, p = 0.05."""
+    for i in range(5):
+        qkv, every = (losses("adamw_biases.json", i, biases) for biases in ("qkv", "all"))
+        mean, stderr = mean_and_stderr([every[run] - qkv[run] for run in qkv if run[0] == "rope"])
+        assert mean < -LIMITS[5] * stderr
 
 
 @pytest.mark.parametrize("name", ["adamw_biases.json", "adamw_long.json"])

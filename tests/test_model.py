@@ -273,6 +273,7 @@ def test_learned_refuses_to_read_past_its_table():
     (dict(local_rope_base=1.0), "must be above 1"), (dict(n_embd=130), "divisible"),
     (dict(pe="nope", local_pe="rope", n_embd=12, n_head=4), "even, not 3"),
     (dict(pe="nope", local_pe="alibi", rope_scaling="pi"), "does not rotate"),
+    (dict(pe="sinusoidal", n_embd=9, n_head=1), "even n_embd, not 9"),
     (dict(local_pe="learned"), "local_pe must be one of nope, rope"),
     (dict(window_pattern=""), "letters S and L"), (dict(window_pattern="SX"), "letters S and L")])
 def test_a_configuration_that_makes_no_sense_is_refused_with_its_cause(wrong, words):

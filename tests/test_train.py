@@ -344,15 +344,15 @@ def written(monkeypatch):
     return files
 
 
-def test_best_pt_is_written_before_ckpt_pt_when_the_validation_loss_is_lower_than_ever(
+def test_best_pt_is_written_after_ckpt_pt_when_the_validation_loss_is_lower_than_ever(
         dataset, tmp_path, written, measured):
     measured[:] = [4.0, 3.0, 5.0, 3.0, 2.5, 6.0]
     run(dataset, tmp_path, "--eval_iters", "1", "--eval_interval", "2", "--max_iters", "6")
-    assert written == [("ckpt.pt", 0), ("best.pt", 2), ("ckpt.pt", 2),
+    assert written == [("ckpt.pt", 0), ("ckpt.pt", 2), ("best.pt", 2),
                        ("ckpt.pt", 4), ("ckpt.pt", 6)]
     written.clear()
     resumed(tmp_path, "--max_iters", "10")
-    assert written == [("best.pt", 8), ("ckpt.pt", 8), ("ckpt.pt", 10)]
+    assert written == [("ckpt.pt", 8), ("best.pt", 8), ("ckpt.pt", 10)]
     best = load_checkpoint(tmp_path)
     assert (best["iter"], best["best_val_loss"], best["best_iter"]) == (8, 2.5, 8)
     assert "optimizers" not in best
