@@ -202,6 +202,14 @@ def test_biases_other_than_qkv_help_rope_trained_with_adamw():
         assert mean < -LIMITS[5] * stderr
 
 
+def test_after_1500_steps_p_rope_with_8_pairs_is_better_than_hope_in_one_range():
+    for i in range(5):
+        hope, prope = losses("long.json", i), losses("long_others.json", i)
+        mean, stderr = mean_and_stderr([prope["prope", seed] - hope["hope", seed]
+                                        for seed in (1, 2, 3)])
+        assert mean < LIMITS[3] * stderr and (mean < -LIMITS[3] * stderr) == (i == 1)
+
+
 @pytest.mark.parametrize("name, larger", [("adamw_biases.json", ()), ("adamw_long.json", (4,))])
 def test_where_hopes_lead_is_larger_with_adamw_than_with_muon(name, larger):
     """Question 6 of RULES.md, by a t test over three or five seeds, p = 0.05."""
