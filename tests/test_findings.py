@@ -158,6 +158,13 @@ BEYOND = (1, 2, 3, 4)  # the ranges beyond L
 LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of seeds
 
 
+def sign_by_test(differences):
+    """By a t test over three or five seeds, p = 0.05: 1: positive, -1: negative, 0: neither."""
+    mean, stderr = mean_and_stderr(differences)
+    limit = LIMITS[len(differences)] * stderr
+    return (mean > limit) - (mean < -limit)
+
+
 @pytest.mark.parametrize("name, biases, scalings, behind, ahead", [
     ("biases.json", "none", ("none", "logn"), (), BEYOND),
     ("long.json", "none", ("none", "logn"), (), (0, *BEYOND)),
@@ -179,12 +186,10 @@ LIMITS = {3: 4.303, 5: 2.776}  # of the t test: standard errors by number of see
     ("base_1e4_all.json", "all", ("none",), (1, 2), ()),
     ("base_1e4_all.json", "all", ("logn",), BEYOND, ())])
 def test_where_hope_is_behind_rope_and_where_it_is_ahead(name, biases, scalings, behind, ahead):
-    """What the pages say of it, by a t test over three or five seeds, p = 0.05."""
+    """What the pages say of it."""
     for scaling, i in itertools.product(scalings, range(5)):
         differences = hope_minus_rope(name, i, biases, scaling)
-        mean, stderr = mean_and_stderr(list(differences.values()))
-        limit = LIMITS[len(differences)] * stderr
-        assert (mean > limit, mean < -limit) == (i in behind, i in ahead)
+        assert sign_by_test([*differences.values()]) == (i in behind) - (i in ahead)
 
 
 def test_biases_harm_encodings_without_rotation_in_each_seed():
@@ -195,29 +200,25 @@ def test_biases_harm_encodings_without_rotation_in_each_seed():
 
 
 def test_biases_other_than_qkv_help_rope_trained_with_adamw():
-    """DETAILS.md: All - QKV in each range, by a t test over five seeds, p = 0.05."""
+    """DETAILS.md: All - QKV in each range."""
     for i in range(5):
         qkv, every = (losses("adamw_biases.json", i, biases) for biases in ("qkv", "all"))
-        mean, stderr = mean_and_stderr([every[run] - qkv[run] for run in qkv if run[0] == "rope"])
-        assert mean < -LIMITS[5] * stderr
+        assert sign_by_test([every[run] - qkv[run] for run in qkv if run[0] == "rope"]) == -1
 
 
 def test_after_1500_steps_p_rope_with_8_pairs_is_better_than_hope_in_one_range():
     for i in range(5):
         hope, prope = losses("long.json", i), losses("long_others.json", i)
-        mean, stderr = mean_and_stderr([prope["prope", seed] - hope["hope", seed]
-                                        for seed in (1, 2, 3)])
-        assert mean < LIMITS[3] * stderr and (mean < -LIMITS[3] * stderr) == (i == 1)
+        differences = [prope["prope", seed] - hope["hope", seed] for seed in (1, 2, 3)]
+        assert sign_by_test(differences) == -(i == 1)
 
 
 @pytest.mark.parametrize("name, larger", [("adamw_biases.json", ()), ("adamw_long.json", (4,))])
 def test_where_hopes_lead_is_larger_with_adamw_than_with_muon(name, larger):
-    """Question 6 of RULES.md, by a t test over three or five seeds, p = 0.05."""
+    """Question 6 of RULES.md."""
     for i in range(5):
         muon, adamw = hope_minus_rope("biases.json", i), hope_minus_rope(name, i)
-        mean, stderr = mean_and_stderr([adamw[seed] - muon[seed] for seed in adamw])
-        limit = LIMITS[len(adamw)] * stderr
-        assert mean < limit and (mean < -limit) == (i in larger)
+        assert sign_by_test([adamw[seed] - muon[seed] for seed in adamw]) == -(i in larger)
 
 
 def test_biases_that_learn_at_0_04_add_more_than_2_nats_to_the_key_1_token_back_in_37_of_40_heads():
