@@ -13,6 +13,7 @@ import torch
 
 import train
 from common.checkpoint import (
+    KEYS,
     cut_log,
     load_checkpoint,
     load_model,
@@ -48,10 +49,10 @@ def test_a_checkpoint_that_is_cut_anywhere_or_would_run_code_is_named(finished_r
 
 def test_a_file_that_is_no_checkpoint_of_this_project_is_named(finished_run, tmp_path):
     whole = load_checkpoint(finished_run)
-    wrong = [{name: whole[name] for name in whole if name != "config"}]
+    wrong = [{name: whole[name] for name in whole if name != key} for key in KEYS]
     wrong += [{**whole, "config": {**whole["config"], field: value}}
               for field, value in (("pe", "from_elsewhere"), ("exponent", 2.0), ("n_head", 0))]
-    for content in (*wrong, [0.0]):
+    for content in (*wrong, torch.zeros(3)):
         torch.save(content, tmp_path / "a.pt")
         with pytest.raises(ValueError, match=r"a\.pt is damaged or not a checkpoint of this"):
             load_checkpoint(tmp_path / "a.pt")

@@ -52,9 +52,11 @@ MISTAKES = {
         ("--init_from {run} --dataset {data} --n_embd 48", "--init_from"),
         ("--init_from {learned} --dataset {data} --block_size 32", "--init_from")],
     sample: [
-        ("{tmp}/none", "no checkpoint"), ("{run} --start FILE:{tmp}/none", "none")],
+        ("{tmp}/none", "no checkpoint"), ("{run} --start FILE:{tmp}/none", "none"),
+        ("{run} --rope_scaling yarn --rope_factor 0", "rope_factor")],
     eval_extrapolation: [
         ("", "OUT_DIR"), ("{tmp}/none", "no checkpoint"), ("{run} --rope_scaling linear", "yarn"),
+        ("{run} --rope_scaling yarn --rope_factor 0", "rope_factor"),
         ("{run} --max_factor 10000", "--max_factor"), ("{run} --max_factor 0", "--max_factor"),
         ("{run} --text {tmp}/short.txt", "longer"), ("{run} --dataset {other}", "tokenizer")],
     data.prepare: [
